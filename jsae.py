@@ -1,0 +1,913 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "transformers>=4.56", "datasets>=3.0", "numpy", "zstandard"]
+# ///
+"""Jacobian Sparse Autoencoders (JSAEs): the reference implementation, in one file.
+
+Farnik, Lawson, Houghton, Aitchison: Jacobian Sparse Autoencoders: Sparsify Computations, Not Just
+Activations. ICML 2025, arXiv 2502.18147.
+
+Two TopK sparse autoencoders, on the input x and the output y of a transformer's MLP f, are trained
+so that the latents are sparse and the map f_s between them is sparse too, by its Jacobian J:
+
+        s_x ---d_x---> x_hat       y_hat <---d_y--- s_y
+         ^               ~           ~               ^          f_s = e_y . f . d_x . tau_k  (Eq. 3)
+         '-----e_x------ x ---f----> y -----e_y------'
+
+    s = tau_k(W_enc x + b_enc), x_hat = W_dec^T s + b_dec; tau_k: TopK, then ReLU         (Eq. 1, 2)
+    L = MSE(x, x_hat) + MSE(y, y_hat) + jacobian_coef / k^2 sum |J|                          (Eq. 5)
+    J = (W_enc_y[K_2] W_out) diag(phi'(z)) (W_in W_dec_x[K_1]^T), k x k for each token      (Eq. 16)
+
+    paper                   here                      shape
+    s_x, K_1; s_y, K_2      s_x.acts, .idx; s_y...    (B, k) each
+    W^enc, W^dec            W_enc, W_dec              (n_latents, d_model): a latent is a row
+    W_1, W_2, W_g, phi      W_in, W_out, W_gate, act  (d_mlp, d_model), (d_model, d_mlp), ...
+    J^(active)              J                         (B, k, k), J[b, i, j] = d s_y,i / d s_x,j
+    R, lambda               expansion_factor, jacobian_coef; n_latents = R d_model
+
+Where the paper is silent or its code differs: phi' is taken at the true x (the stable setup, D.1),
+a batch is 4096 tokens, decoder rows have unit norm at the start and after every step, the first
+token of a context is left out. The README lists every such reading with its reason.
+
+    python jsae.py                                           the bundled model; a few minutes
+    python jsae.py --model EleutherAI/pythia-70m --layer 3   the paper's settings
+"""
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import sysconfig
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import huggingface_hub
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+HERE = Path(__file__).resolve().parent
+
+
+class InputError(ValueError):
+    """What was given cannot be used. One line: what was given, what was expected, what to do."""
+
+
+# ---- Configuration -------------------------------------------------------------------------------
+
+
+def option(default, help, allowed=lambda value: True, expected=""):
+    meta = {"help": f"{help} ({default})", "allowed": allowed, "expected": expected}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+COUNT = (lambda v: isinstance(v, int) and v >= 1, "a positive whole number")
+INDEX = (lambda v: isinstance(v, int) and v >= 0, "a whole number from 0 up")
+CONTEXT = (lambda v: isinstance(v, int) and v >= 2, "2 or more: the first token is left out")
+RATE = (lambda v: math.isfinite(v) and v > 0, "a finite number above 0")
+COEFFICIENT = (lambda v: math.isfinite(v) and v >= 0, "a finite number, 0 or more")
+SHARE = (lambda v: 0 < v <= 1, "a number above 0, at most 1")
+CONTROL = (("none", "init", "shuffle").__contains__, "none, init or shuffle")
+DTYPE = (("auto", "float32", "bfloat16").__contains__, "auto, float32 or bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run's settings, saved with it. The defaults are the paper's for Pythia-70m, layer 3."""
+
+    model: str = option("EleutherAI/pythia-70m", "Hugging Face id or folder of a causal LM")
+    layer: int = option(3, "layer whose MLP is decomposed, counted from 0", *INDEX)
+    dataset: str = option(
+        "monology/pile-uncopyrighted", "hub NAME[:CONFIG], file, folder or stdlib"
+    )
+    split: str = option("train", "split of a hub data set")
+    tokens: int = option(300_000_000, "training tokens, rounded down to whole batches", *COUNT)
+    k: int = option(32, "active latents per token, in both SAEs", *COUNT)
+    expansion_factor: int = option(32, "R: latents of an SAE per dimension of x", *COUNT)
+    jacobian_coef: float = option(1.0, "lambda; 0 trains traditional SAEs", *COEFFICIENT)
+    jacobian_fraction: float = option(1.0, "share of tokens in the Jacobian term", *SHARE)
+    lr: float = option(5e-4, "Adam's learning rate", *RATE)
+    batch_size: int = option(4096, "tokens per training step", *COUNT)
+    context_size: int = option(2048, "tokens per context, at most the model's", *CONTEXT)
+    buffer_batches: int = option(32, "batches of activations shuffled together", *COUNT)
+    keep_first_token: bool = option(False, "do not leave out the first token of a context")
+    randomize_weights: str = option("none", "random control: none, init or shuffle", *CONTROL)
+    seed: int = option(0, "of the SAEs, the shuffling and the random control", *INDEX)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = option("auto", "of large products; auto: bfloat16 on CUDA, else float32", *DTYPE)
+    output_dir: str = option("", "the run's folder; default: in runs/, named by the settings")
+    overwrite: bool = option(False, "replace the run that the folder holds")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, meta = getattr(self, field.name), field.metadata
+            if not meta["allowed"](value):
+                raise InputError(f"{flag(field.name)} is {value!r}; expected {meta['expected']}")
+
+    @property
+    def run_dir(self) -> Path:
+        """output_dir, or a folder in runs/ named after the settings that studies vary."""
+        control = "" if self.randomize_weights == "none" else f"-{self.randomize_weights}"
+        name = f"{Path(self.model).name}-L{self.layer}-R{self.expansion_factor}-k{self.k}"
+        name += f"-lambda{self.jacobian_coef:g}{control}-seed{self.seed}"
+        return Path(self.output_dir or Path("runs") / name)
+
+
+# Without --model: two to three minutes on two cores. Any flag given still wins.
+DEMO = {"model": "assets/tiny-pythia", "layer": 1, "dataset": "stdlib", "context_size": 256}
+DEMO |= {"tokens": 3_000_000, "k": 16, "expansion_factor": 8}
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+# ---- Sparse autoencoders (section 3.1) -----------------------------------------------------------
+
+
+class Latents(NamedTuple):
+    """The k latents that TopK kept; one whose value is 0 after ReLU is not active."""
+
+    acts: torch.Tensor  # (..., k) values
+    idx: torch.Tensor  # (..., k) which latents they are
+
+
+class TopKSAE(nn.Module):
+    """A k-sparse autoencoder, Eq. 1 and 2, with tau_k: TopK, then ReLU on the k values.
+
+    W_enc, W_dec: (n_latents, d_model); b_enc: (n_latents,); b_dec: (d_model,), not subtracted from
+    x before encoding. Decoder rows start with unit norm, the encoder as their copy.
+    """
+
+    def __init__(self, d_model: int, n_latents: int, k: int):
+        super().__init__()
+        if not 1 <= k <= n_latents:
+            raise InputError(f"k is {k}; expected 1 to {n_latents}, the number of latents")
+        self.d_model, self.n_latents, self.k = d_model, n_latents, k
+        self.W_dec = nn.Parameter(F.normalize(torch.randn(n_latents, d_model), dim=1))
+        self.W_enc = nn.Parameter(self.W_dec.detach().clone())
+        self.b_enc = nn.Parameter(torch.zeros(n_latents))
+        self.b_dec = nn.Parameter(torch.zeros(d_model))
+
+    def encode(self, x) -> Latents:
+        """x (..., d_model) -> Latents (..., k). Eq. 1."""
+        values, idx = F.linear(x, self.W_enc, self.b_enc).topk(self.k)
+        return Latents(F.relu(values), idx)
+
+    def decode(self, latents):
+        """Latents (..., k) -> x_hat (..., d_model). Eq. 2."""
+        acts, idx = latents
+        return (acts.unsqueeze(-2) @ self.W_dec[idx]).squeeze(-2) + self.b_dec
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def normalize_decoder(self):
+        """Give every decoder row unit norm: small rows would make J small and s_x large."""
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+
+
+# ---- The MLP and its derivative ------------------------------------------------------------------
+
+
+def gelu_grad(z):
+    return torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+
+def tanh_gelu_grad(z):  # gelu(z) = z sigmoid(2 c (z + 0.044715 z^3))
+    c = math.sqrt(2 / math.pi)
+    s = torch.sigmoid(2 * c * (z + 0.044715 * z**3))
+    return s + z * s * (1 - s) * 2 * c * (1 + 3 * 0.044715 * z * z)
+
+
+def silu_grad(z):
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+ACTIVATIONS = (  # (phi, phi')
+    (F.gelu, gelu_grad),
+    (partial(F.gelu, approximate="tanh"), tanh_gelu_grad),
+    (lambda z: z * torch.sigmoid(1.702 * z), lambda z: silu_grad(1.702 * z)),  # QuickGELU
+    (F.silu, silu_grad),
+    (F.relu, lambda z: (z > 0).to(z.dtype)),
+    (lambda z: F.relu(z) ** 2, lambda z: 2 * F.relu(z)),
+)
+
+
+def with_derivative(act):
+    """(phi, phi') of an elementwise function: by hand if among ACTIVATIONS, else by autodiff."""
+    act = copy.deepcopy(act)
+    device = next((p.device for p in getattr(act, "parameters", list)()), "cpu")
+    grid = torch.linspace(-8, 8, 1601, device=device)
+    values = act(grid)
+    if not torch.allclose(values[::7], act(grid[::7])):
+        raise InputError(f"{act} is not an elementwise function, which an activation must be")
+    for known, derivative in ACTIVATIONS:
+        if torch.allclose(values, known(grid), rtol=0, atol=1e-5):
+            return known, derivative
+
+    def autodiff(z):
+        value, pullback = torch.func.vjp(act, z)
+        return pullback(torch.ones_like(value))[0]
+
+    return act, autodiff
+
+
+# Largest relative error at which a model's own MLP counts as reproduced.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+class MLP(nn.Module):
+    """The frozen weights of one transformer MLP, plain (Eq. 8) or gated (Eq. 17 to 21).
+
+        plain: y = W_out phi(W_in x + b_in) + b_out
+        gated: y = W_out (phi(W_gate x + b_gate) * (W_in x + b_in)) + b_out
+
+    W_in, W_gate: (d_mlp, d_model); W_out: (d_model, d_mlp); biases may be None, as is W_gate of a
+    plain MLP. act, act_grad: phi, phi'. sites, filled by from_model: the language model's linear
+    maps, first those that read x, in the order of execution, last the one that writes y.
+    """
+
+    def __init__(self, W_in, b_in, W_out, b_out, W_gate=None, b_gate=None, act=F.gelu):
+        super().__init__()
+        names = ("W_in", "b_in", "W_out", "b_out", "W_gate", "b_gate")
+        for name, tensor in zip(names, (W_in, b_in, W_out, b_out, W_gate, b_gate)):
+            if tensor is not None:  # a copy, in float32 or better
+                dtype = torch.promote_types(tensor.dtype, torch.float32)
+                tensor = tensor.detach().to(dtype, copy=True).contiguous()
+            self.register_buffer(name, tensor)
+        self.act, self.act_grad = with_derivative(act)
+        self.sites = ()
+
+    def forward(self, x):
+        """x (..., d_model) -> y (..., d_model)."""
+        h = F.linear(x, self.W_in, self.b_in)  # (..., d_mlp)
+        if self.W_gate is None:
+            return F.linear(self.act(h), self.W_out, self.b_out)
+        return F.linear(h * self.act(F.linear(x, self.W_gate, self.b_gate)), self.W_out, self.b_out)
+
+    def derivative(self, x):
+        """[(c, W), ...] with df/dx = W_out . sum of diag(c) W; c (..., d_mlp), W (d_mlp, d_model).
+
+        Plain: phi'(z), W_in (Eq. 12). Gated: h phi'(g), W_gate and phi(g), W_in (Eq. 22 to 28).
+        """
+        h = F.linear(x, self.W_in, self.b_in)
+        if self.W_gate is None:
+            return [(self.act_grad(h), self.W_in)]
+        g = F.linear(x, self.W_gate, self.b_gate)
+        return [(h * self.act_grad(g), self.W_gate), (self.act(g), self.W_in)]
+
+    @classmethod
+    def from_model(cls, model, layer: int) -> "MLP":
+        """The MLP of one layer of a transformers causal LM. ValueError if it has no dense one."""
+        n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+        name, vocabulary = type(model).__name__, model.get_input_embeddings().weight.shape[0]
+        if not lists or not 0 <= layer < n_layers:
+            raise InputError(f"--layer is {layer}; {name} has layers 0 to {n_layers - 1}")
+        ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+        run = partial(model, input_ids=ids.to(model.device), use_cache=False)
+        return find_mlp(lists[0][layer], run, f"layer {layer} of {name}")
+
+    @classmethod
+    def from_module(cls, module) -> "MLP":
+        """The MLP that module(x) computes. ValueError if it is not one dense MLP."""
+        first = next((weight_of(m) for m in module.modules() if isinstance(m, LINEAR)), None)
+        if first is None:
+            raise InputError(f"{type(module).__name__} has no linear map; expected a dense MLP")
+        x = torch.randn(2, 16, first.shape[1], generator=torch.Generator().manual_seed(0)).to(first)
+        return find_mlp(module, partial(module, x), type(module).__name__)
+
+
+LINEAR = (nn.Linear, Conv1D)
+
+
+def weight_of(linear):
+    """(out, in), also of transformers' Conv1D, which stores the transpose."""
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
+def declared_activations(block):
+    """(phi, phi') of the elementwise functions among `block`'s children and attributes."""
+    leaves = [m for m in block.modules() if not isinstance(m, LINEAR) and not list(m.children())]
+    functions = [a for m in block.modules() for a in vars(m).values() if callable(a)]
+    for function in leaves + [a for a in functions if not isinstance(a, type)]:
+        try:
+            yield with_derivative(function)
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+            continue  # something else than a function of one tensor
+
+
+@torch.no_grad()
+def find_mlp(block, run, where) -> MLP:
+    """The MLP in `block`, known by what its linear maps compute while run() calls them.
+
+    A map is an MLP's last if its input is phi(z), or phi(g) * h, where z, g, h are outputs (or
+    halves of one) of maps that read the same x; then the whole MLP must give that map's output.
+    """
+    for name, module in block.named_modules():
+        if any(word in f"{name} {type(module).__name__}".lower() for word in ("expert", "moe")):
+            raise InputError(f"{where} is a mixture of experts; expected one dense MLP")
+    seen, training = {}, block.training  # seen: {map: (input, output)}, each (tokens, features)
+
+    def observe(linear, args, output):
+        seen[linear] = args[0].flatten(0, -2), output.flatten(0, -2)
+
+    handles = [m.register_forward_hook(observe) for m in block.modules() if isinstance(m, LINEAR)]
+    block.eval()
+    try:
+        run()
+    finally:
+        block.train(training)
+        for handle in handles:
+            handle.remove()
+
+    def close(value, target):
+        same = value.shape == target.shape
+        return same and (value - target).norm() <= TOLERANCE[target.dtype] * target.norm()
+
+    activations = dict.fromkeys([*declared_activations(block), *ACTIVATIONS])
+    for (act, _), down in itertools.product(activations, seen):
+        (d_model, d_mlp), parts = weight_of(down).shape, []  # (map, its rows): z, g or h?
+        for m in seen:
+            if m is not down and weight_of(m).shape in ((d_mlp, d_model), (2 * d_mlp, d_model)):
+                parts += [(m, slice(i, i + d_mlp)) for i in range(0, len(weight_of(m)), d_mlp)]
+        for up, gate in itertools.product(parts, [None, *parts]):
+            (x, h), (x_gate, g) = seen[up[0]], seen[(gate or up)[0]]
+            value = act(g[:, gate[1]]) * h[:, up[1]] if gate else act(h[:, up[1]])
+            if torch.equal(x, x_gate) and close(value, seen[down][0]):
+                maps, tensors = [up, (down, slice(None))] + ([gate] if gate else []), []
+                for m, rows in maps:
+                    bias = getattr(m, "bias", None)
+                    tensors += [weight_of(m)[rows], None if bias is None else bias[rows]]
+                mlp = MLP(*tensors, act=act)
+                mlp.sites = (*(m for m in seen if m in (up[0], (gate or up)[0])), down)
+                if close(mlp(x.to(mlp.W_in.dtype)), seen[down][1]):
+                    return mlp
+    raise InputError(
+        f"{where} has no MLP that two or three linear maps and an activation function reproduce; "
+        "expected one dense MLP, plain or gated"
+    )
+
+
+# ---- The Jacobian (section 4.2, appendix A) ------------------------------------------------------
+
+
+def active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y):
+    """J[..., i, j] = d s_y,i / d s_x,j of the active latents (..., k, k). Eq. 16; Eq. 29 if gated.
+
+    x (..., d_model) is where the MLP is linearised: the true input in the stable setup (D.1), x_hat
+    in the paper's literal f_s. s_x, s_y: Latents (..., k); rows and columns of latents that ReLU
+    switched off are 0. Differentiable in both SAEs' weights.
+    """
+    left = sae_y.W_enc[s_y.idx] @ mlp.W_out  # (..., k, d_mlp)
+    right = sum(c.unsqueeze(-2) * (sae_x.W_dec[s_x.idx] @ W.T) for c, W in mlp.derivative(x))
+    return left @ right.mT * (s_y.acts > 0).unsqueeze(-1) * (s_x.acts > 0).unsqueeze(-2)
+
+
+# The same mathematics at the speed of the hardware: equal values and gradients (given the indices
+# that TopK chose), but nothing of size B x n_latents or B x k x d_mlp is kept for the backward.
+
+
+def weighted_rows(weights, W, idx):
+    """sum_i weights[b, i] W[idx[b, i]]: (B, k), (n, d), (B, k) -> (B, d)."""
+    return F.embedding_bag(idx, W, per_sample_weights=weights, mode="sum")
+
+
+class Encode(torch.autograd.Function):
+    """TopKSAE.encode for constant x, its large product in `dtype`, with a backward on k rows.
+
+    z[b, i] = x[b] . W[idx[b, i]] is the derivative of x . weighted_rows(w, W, idx) in w, and the
+    gradient that W gets from z is that of weighted_rows with the gradient of z as weights.
+    """
+
+    @staticmethod
+    @torch.enable_grad()
+    def forward(ctx, x, W, b, k, dtype):
+        W, b = W.detach(), b.detach()
+        idx = F.linear(x.to(dtype), W.to(dtype), b.to(dtype)).topk(k).indices
+        w = x.new_zeros(idx.shape, requires_grad=True)
+        acts = F.relu(torch.autograd.grad(weighted_rows(w, W, idx), w, x)[0] + b[idx])
+        ctx.save_for_backward(x, W, acts, idx)
+        ctx.mark_non_differentiable(idx)
+        return acts, idx
+
+    @staticmethod
+    @torch.enable_grad()
+    def backward(ctx, grad, _):
+        x, W, acts, idx = ctx.saved_tensors
+        grad, W = (grad * (acts > 0)).detach(), W.detach().requires_grad_()
+        grad_b = grad.new_zeros(len(W)).index_add_(0, idx.flatten(), grad.flatten())
+        return None, torch.autograd.grad(weighted_rows(grad, W, idx), W, x)[0], grad_b, None, None
+
+
+class JacobianL1(torch.autograd.Function):
+    """Mean |J| over tokens and k x k, and its exact gradients from the same pass over the tokens.
+
+    With left = W_enc_y W_out and right = W_dec_x W^T for the rows active in this batch, a token's J
+    is left[K_2] (c * right[K_1])^T (Eq. 16). The gradient of sum |J| is the matrix of signs, S: it
+    adds S (c * right[K_1]) to left[K_2]'s gradient and c * (S^T left[K_2]) to right[K_1]'s.
+    """
+
+    @staticmethod
+    def forward(ctx, W_enc, W_dec, W_out, derivative, s_x, s_y, dtype):
+        (B, k), d_mlp = s_x.idx.shape, W_out.shape[1]
+        (rows_y, idx_y), (rows_x, idx_x) = (s.idx.unique(return_inverse=True) for s in (s_y, s_x))
+        on_y, on_x = (s_y.acts > 0).to(dtype).unsqueeze(2), (s_x.acts > 0).to(dtype).unsqueeze(1)
+        coefs, Ws = [c.to(dtype).unsqueeze(1) for c, _ in derivative], [W for _, W in derivative]
+        W_out, *Ws = (W.to(dtype) for W in (W_out, *Ws))
+        left = W_enc[rows_y].to(dtype) @ W_out  # (active, d_mlp)
+        rights = [W_dec[rows_x].to(dtype) @ W.T for W in Ws]  # (active, d_mlp)
+        grads = [torch.zeros_like(m, dtype=W_enc.dtype) for m in (left, *rights)]
+        total = W_enc.new_zeros(())
+        chunk = max(1, 2 ** (28 if W_enc.is_cuda else 21) // (k * d_mlp * dtype.itemsize))
+        for t in (slice(i, i + chunk) for i in range(0, B, chunk)):
+            a = left[idx_y[t]]  # (chunk, k, d_mlp)
+            d = sum(c[t] * right[idx_x[t]] for c, right in zip(coefs, rights))
+            J = a @ d.mT * on_y[t] * on_x[t]  # (chunk, k, k)
+            total += J.abs().sum(dtype=total.dtype)
+            S = J.sign()
+            grad_d = S.mT @ a
+            updates = [(idx_y[t], S @ d), *((idx_x[t], c[t] * grad_d) for c in coefs)]
+            for grad, (idx, rows) in zip(grads, updates):
+                grad.index_add_(0, idx.flatten(), rows.flatten(0, 1).to(grad.dtype))
+        grad_y = grads[0].to(dtype) @ W_out.T  # (active, d_model)
+        grad_x = sum(grad.to(dtype) @ W for grad, W in zip(grads[1:], Ws))
+        pairs = ((W_enc, rows_y, grad_y), (W_dec, rows_x, grad_x))
+        n = B * k * k
+        ctx.save_for_backward(
+            *(torch.zeros_like(W).index_copy_(0, i, g.to(W.dtype) / n) for W, i, g in pairs)
+        )
+        return total / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(grad * saved for saved in ctx.saved_tensors), None, None, None, None, None
+
+
+def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
+    """Eq. 5 in the stable setup of D.1: y = f(x), phi' at the true x, s_y = e_y(y).
+
+    x (B, d_model); jacobian_fraction: share of the tokens, drawn at random, in the Jacobian term.
+    -> (loss, parts). parts, detached: mse_x, mse_y (means over all elements), Latents s_x, s_y, and
+    jacobian_l1, mean |J| over tokens and k x k without the coefficient (absent at coefficient 0).
+    Under torch.autocast its dtype serves the large products, the SAEs' own dtype all the rest.
+    """
+    device, own = x.device.type, sae_x.W_enc.dtype
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else own
+    x, loss, parts = x.detach().to(own), 0.0, {}
+    with torch.no_grad():
+        y, derivative = mlp(x).to(own), mlp.derivative(x)
+    with torch.autocast(device, enabled=False):
+        for name, sae, target in (("x", sae_x, x), ("y", sae_y, y)):
+            acts, idx = Encode.apply(target, sae.W_enc, sae.b_enc, sae.k, dtype)
+            mse = F.mse_loss(weighted_rows(acts, sae.W_dec, idx) + sae.b_dec, target)
+            loss = loss + mse
+            parts |= {f"mse_{name}": mse.detach(), f"s_{name}": Latents(acts.detach(), idx)}
+        if jacobian_coef:
+            s_x, s_y = parts["s_x"], parts["s_y"]
+            if jacobian_fraction < 1:
+                n = max(1, round(jacobian_fraction * len(x)))
+                t = torch.randperm(len(x), device=x.device)[:n]
+                s_x, s_y = (Latents(s.acts[t], s.idx[t]) for s in (s_x, s_y))
+                derivative = [(c[t], W) for c, W in derivative]
+            constants = (mlp.W_out, derivative, s_x, s_y, dtype)
+            jacobian_l1 = JacobianL1.apply(sae_y.W_enc, sae_x.W_dec, *constants)
+            loss = loss + jacobian_coef * jacobian_l1
+            parts["jacobian_l1"] = jacobian_l1.detach()
+    return loss, parts
+
+
+# ---- Language model and text ---------------------------------------------------------------------
+
+
+def load_language_model(config, device):
+    """-> (model in float32, frozen; tokenizer, or None where there is none)."""
+    beside = HERE / config.model
+    folder = str(beside if beside.exists() and not Path(config.model).exists() else config.model)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"--model {config.model} is no causal LM that loads ({error})") from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError):
+        tokenizer = None  # enough for text that comes as token ids
+    randomize_weights(model, config.randomize_weights, config.seed)
+    return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+@torch.no_grad()
+def randomize_weights(model, how, seed):
+    """The control of section 5.3: every parameter drawn as the model's own initialiser does (init),
+    or its entries permuted (shuffle); on the CPU, from the seed, so that evaluation can redraw it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if how == "init":
+            new = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+            model.load_state_dict(new.state_dict())
+        for p in model.parameters() if how == "shuffle" else ():
+            p.copy_(p.flatten()[torch.randperm(p.numel())].view_as(p))
+
+
+BUILDERS = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
+BUILDERS[".arrow"] = "arrow"
+
+
+def load_documents(dataset, split):
+    """-> (documents, local): dicts with "text" or "input_ids", to be iterated over repeatedly."""
+    path = Path(dataset)
+    if dataset == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        paths = [p.relative_to(root).as_posix() for p in root.rglob("*.py")]
+        paths = [p for p in paths if not {"site-packages", "dist-packages"} & set(p.split("/"))]
+        paths.sort(key=lambda p: (zlib.crc32(p.encode()), p))  # mixes the subjects
+        return [{"path": p, "text": (root / p).read_text("utf-8", "replace")} for p in paths], True
+    if not path.exists() and not path.name.endswith(tuple(BUILDERS)):
+        name, _, subset = dataset.partition(":")
+        return datasets.load_dataset(name, subset or None, split=split, streaming=True), False
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    kinds = {kind for p in files for end, kind in BUILDERS.items() if p.name.endswith(end)}
+    if len(kinds) != 1:
+        raise InputError(f"expected files of one kind among {', '.join(BUILDERS)}")
+    whole = {"sample_by": "document", "encoding_errors": "replace"} if kinds == {"text"} else {}
+    files = [str(p) for p in files if p.name.endswith(tuple(BUILDERS))]
+    return datasets.load_dataset(
+        *kinds, data_files=files, split="train", streaming=True, **whole
+    ), True
+
+
+def pack(documents, tokenizer, model, context_size):
+    """Yield contexts (context_size,) of token ids: BOS, then documents joined by end-of-text."""
+    special, vocabulary = tokenizer or model.config, model.get_input_embeddings().weight.shape[0]
+    bos, end = ([] if i is None else [i] for i in (special.bos_token_id, special.eos_token_id))
+    bos, stream, documents = bos or end, np.empty(0, dtype=np.int64), iter(documents)
+    while batch := list(itertools.islice(documents, 64)):
+        if tokenizer and "text" in batch[0]:
+            texts = [document["text"] or "" for document in batch]
+            ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        elif "input_ids" in batch[0]:
+            ids = [document["input_ids"] for document in batch]
+        else:
+            raise InputError(f"columns {[*batch[0]]}; expected input_ids, or text and a tokenizer")
+        stream = np.concatenate([stream, *(np.array([*i, *end], dtype=np.int64) for i in ids)])
+        if len(stream) and not 0 <= stream.min() <= stream.max() < vocabulary:
+            raise InputError(f"token ids up to {stream.max()}; expected 0 to {vocabulary - 1}")
+        rows = stream[: len(stream) - len(stream) % (context_size - len(bos))]
+        stream = stream[len(rows) :]
+        yield from (np.int64([*bos, *row]) for row in rows.reshape(-1, context_size - len(bos)))
+
+
+def token_contexts(config, model, tokenizer, context_size, held_out=False):
+    """Yield the contexts of the training text, or of the held-out text.
+
+    Local text keeps 5 % for evaluation: the documents whose crc32 (of the path in stdlib, else of
+    the text) is 0 modulo 20, or the last contexts where that leaves one side empty. Local training
+    text starts again when it ends.
+    """
+
+    def is_held_out(document):
+        key = document.get("path") or document.get("text") or str(document.get("input_ids"))
+        return zlib.crc32(key.encode("utf-8", "replace")) % 20 == 0
+
+    try:
+        documents, local = load_documents(config.dataset, config.split)
+        sides = set()
+        by_document = local and any(sides.add(is_held_out(d)) or len(sides) == 2 for d in documents)
+        while True:
+            chosen = (d for d in documents if not by_document or is_held_out(d) == held_out)
+            contexts = pack(chosen, tokenizer, model, context_size)
+            if local and not by_document:
+                contexts = list(contexts)
+                cut = len(contexts) - max(1, len(contexts) // 20)
+                contexts = contexts[cut:] if held_out else contexts[:cut]
+            n = 0
+            for n, context in enumerate(contexts, 1):
+                yield context
+            if held_out or not local:
+                return
+            if n * context_size < config.batch_size:
+                raise InputError(f"{n * context_size} tokens; one batch needs {config.batch_size}")
+            tqdm.write(f"{config.dataset} ended after {n:,} contexts, starts again", sys.stderr)
+    except Exception as error:  # of any library that reads text
+        raise InputError(f"--dataset {config.dataset}: {error}") from error
+
+
+# ---- Activations ---------------------------------------------------------------------------------
+
+
+class LeaveForwardPass(Exception):
+    """Raised by a hook once the MLP's input is known."""
+
+
+@torch.no_grad()
+def mlp_inputs(model, mlp, ids):
+    """Token ids (contexts, T) -> x (contexts, T, d_model). Leaves the forward pass at the MLP."""
+    captured = []
+
+    def capture(_, args):
+        captured.append(args[0])
+        raise LeaveForwardPass
+
+    handle = mlp.sites[0].register_forward_pre_hook(capture)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except LeaveForwardPass:
+        return captured[0].reshape(*ids.shape, -1)
+    finally:
+        handle.remove()
+
+
+def activation_batches(config, model, mlp, contexts, steps, autocast):
+    """Yield `steps` batches x (batch_size, d_model), fewer if the contexts end.
+
+    A buffer of buffer_batches is filled, shuffled and used up, with nothing carried over.
+    """
+    shuffle, skip = torch.Generator().manual_seed(config.seed), 0 if config.keep_first_token else 1
+    batch, filled, size = config.batch_size, 0, 0
+    while filled == size and steps > 0:
+        size, filled, buffer = batch * min(steps, config.buffer_batches), 0, None
+        while filled < size and (some := list(itertools.islice(contexts, 16))):
+            with autocast():
+                x = mlp_inputs(model, mlp, torch.from_numpy(np.stack(some)).to(model.device))
+            x = x[:, skip:].flatten(0, 1)[: size - filled].float()
+            buffer = x.new_empty(size, x.shape[1]) if buffer is None else buffer
+            buffer[filled : filled + len(x)] = x
+            filled += len(x)
+        if filled and not buffer[:filled].isfinite().all():
+            raise InputError(f"NaN or Inf among the inputs of the MLP in layer {config.layer}")
+        for rows in torch.randperm(filled, generator=shuffle).split(batch)[: filled // batch]:
+            steps -= 1
+            yield buffer[rows.to(buffer.device)]
+
+
+# ---- Training (appendix D) -----------------------------------------------------------------------
+
+
+def resolve_device(config):
+    """-> (torch.device, a function that makes the run's autocast context)."""
+    name = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} is not available; expected cpu or cuda") from error
+    low, kind = {"auto": "cuda", "bfloat16": name, "float32": ""}[config.dtype], torch.device(name)
+    enabled = bool(low) and name.startswith(low)
+    return kind, partial(torch.autocast, kind.type, torch.bfloat16, enabled=enabled)
+
+
+@torch.no_grad()
+def measure(sae_x, sae_y, mlp, x, parts):
+    """Reconstruction on a batch; mean |J| and the number of |J| > 0.01 per token on 512 of it."""
+    s_x, s_y = (Latents(*(v[:512] for v in parts[s])) for s in ("s_x", "s_y"))
+    J = active_jacobian(sae_x, sae_y, mlp, x[:512], s_x, s_y).abs()
+    values = {"jacobian_l1": J.mean(), "jacobian_above_0.01": (J > 0.01).sum() / len(J)}
+    for s, v in (("x", x), ("y", mlp(x))):
+        mse = values[f"mse_{s}"] = parts[f"mse_{s}"]
+        values[f"ev_{s}"] = 1 - mse / (v - v.mean(0)).square().mean()
+    return {name: value.item() for name, value in values.items()}
+
+
+def train(config: Config) -> Path:
+    """Train a pair of SAEs and write the run directory, whose path is returned.
+
+    Adam; lr warmed up over 1 % of the steps and brought to 0 over the last 20 %; lambda warmed up
+    over 5 %; both SAEs' gradients clipped together to norm 1; decoder rows normalised every step.
+    InputError if a setting cannot be used, the text ends or a number breaks; what was trained until
+    then is saved in checkpoint/.
+    """
+    device, autocast = resolve_device(config)
+    run_dir, batch, steps = (
+        free_run_dir(config),
+        config.batch_size,
+        config.tokens // config.batch_size,
+    )
+    if steps == 0:
+        raise InputError(f"--tokens is {config.tokens}; expected at least one batch, {batch}")
+    model, tokenizer = load_language_model(config, device)
+    mlp = MLP.from_model(model, config.layer)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context_size = min(config.context_size, longest or config.context_size)
+    if context_size < config.context_size:
+        tqdm.write(f"contexts are clamped to {longest} tokens, the model's maximum", sys.stderr)
+    contexts = token_contexts(config, model, tokenizer, context_size)
+    batches = activation_batches(config, model, mlp, contexts, steps, autocast)
+    first = next(batches, None)
+    if first is None:
+        raise InputError(f"--dataset {config.dataset} ended before one batch of {batch} tokens")
+
+    torch.manual_seed(config.seed)
+    d_model = mlp.W_in.shape[1]
+    sizes = d_model, config.expansion_factor * d_model, config.k
+    sae_x, sae_y = TopKSAE(*sizes).to(device), TopKSAE(*sizes).to(device)
+    parameters = [*sae_x.parameters(), *sae_y.parameters()]
+    adam = torch.optim.Adam(parameters, fused=True)
+    seen_at = {s: torch.zeros(sizes[1], dtype=torch.long, device=device) for s in "xy"}
+    info = start_run(run_dir, config, model, mlp, tokenizer, context_size)
+    step, start, log_every = 0, time.perf_counter(), max(1, min(50, steps // 20))
+    bar = tqdm(total=steps * batch, unit="tok", unit_scale=True)
+    try:
+        for step, x in enumerate(itertools.chain([first], batches), 1):
+            coef = config.jacobian_coef * min(1, step / (0.05 * steps))
+            lr = config.lr * min(1, step / (0.01 * steps), (steps - step + 1) / (0.2 * steps))
+            adam.param_groups[0]["lr"] = lr
+            with autocast():
+                loss, parts = jsae_loss(sae_x, sae_y, mlp, x, coef, config.jacobian_fraction)
+            adam.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not (loss + norm).isfinite():
+                raise InputError(f"loss {loss.item()}, gradient norm {norm.item()}")
+            adam.step()
+            for s, sae in (("x", sae_x), ("y", sae_y)):
+                sae.normalize_decoder()
+                acts, idx = parts[f"s_{s}"]
+                seen_at[s][idx[acts > 0]] = step * batch
+            bar.update(batch)
+            if step % log_every == 0 or step == steps:
+                row = {"step": step, "tokens": step * batch, "lr": lr, "coef": coef}
+                row |= measure(sae_x, sae_y, mlp, x, parts)
+                for s, at in seen_at.items():
+                    row[f"dead_{s}"] = (at <= max(0, step * batch - 10_000_000)).sum().item()
+                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k[:3] in SHOWN})
+                row["seconds"] = time.perf_counter() - start
+                row["tokens_per_second"] = step * batch / row["seconds"]
+                with open(run_dir / "metrics.jsonl", "a") as log:
+                    log.write(json.dumps(row) + "\n")
+        if step < steps:
+            raise InputError(f"--dataset {config.dataset} ended")
+    except InputError as error:
+        save_pair(run_dir / "checkpoint", sae_x, sae_y, info)
+        raise InputError(
+            f"step {step} of {steps}: {error}; saved in {run_dir}/checkpoint"
+        ) from error
+    finally:
+        bar.close()
+    save_pair(run_dir, sae_x, sae_y, info)
+    return run_dir
+
+
+SHOWN = ("mse", "ev_", "jac", "dea")
+
+
+# ---- Run directories -----------------------------------------------------------------------------
+
+
+def free_run_dir(config):
+    """The run's folder, if a run may be written there."""
+    folder = config.run_dir
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output-dir {folder} is a file; expected a folder")
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "config.json").exists() or not (folder / "metrics.jsonl").exists():
+            raise InputError(f"--output-dir {folder} holds other files; expected an empty folder")
+        if not config.overwrite:
+            raise InputError(f"{folder} holds a run; --overwrite replaces it, --output-dir moves")
+    return folder
+
+
+def start_run(run_dir, config, model, mlp, tokenizer, context_size):
+    """Clear what an older run left, write config.json and return what it says."""
+    for name in ("metrics.jsonl", "evaluation.json", "report.html"):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in ("sae_x", "sae_y", "checkpoint", "figures"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    names = {module: name for name, module in model.named_modules()}
+    info = {"config": dataclasses.asdict(config), "context_size": context_size}
+    info["mlp_sha256"] = hashlib.sha256(safetensors.torch.save(mlp.state_dict())).hexdigest()
+    info["sites"] = {"x": names[mlp.sites[0]], "y": names[mlp.sites[-1]]}  # x enters, y leaves
+    info["prepend_bos"] = tokenizer is not None and tokenizer.bos_token_id is not None
+    info["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
+    info["versions"]["python"] = sys.version.split()[0]
+    write_file(run_dir / "config.json", json.dumps(info, indent=2).encode())
+    return info
+
+
+def write_file(path, data):
+    """Write bytes so that `path` holds all of them or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_pair(folder, sae_x, sae_y, info):
+    """Write folder/sae_x and folder/sae_y, each whole or not at all, in the format of SAELens 6."""
+    metadata = {"sae_lens_version": "6.0.0", "model_class_name": "AutoModelForCausalLM"}
+    metadata |= {"model_name": info["config"]["model"], "dataset_path": info["config"]["dataset"]}
+    metadata |= {name: info[name] for name in ("context_size", "prepend_bos")}
+    for s, sae in (("x", sae_x), ("y", sae_y)):
+        tensors = {name: p.detach().cpu() for name, p in sae.named_parameters()}
+        tensors["W_enc"] = tensors["W_enc"].T.contiguous()  # SAELens keeps it as (d_in, d_sae)
+        cfg = {"architecture": "topk", "d_in": sae.d_model, "d_sae": sae.n_latents, "k": sae.k}
+        cfg |= {"dtype": "float32", "device": "cpu", "rescale_acts_by_decoder_norm": False}
+        cfg |= {"normalize_activations": "none", "reshape_activations": "none"}
+        cfg |= {
+            "apply_b_dec_to_input": False,
+            "metadata": metadata | {"hook_name": info["sites"][s]},
+        }
+        target, temporary = folder / f"sae_{s}", folder / f"sae_{s}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        write_file(temporary / "cfg.json", json.dumps(cfg, indent=2).encode())
+        write_file(temporary / "sae_weights.safetensors", safetensors.torch.save(tensors))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+
+
+def load_run(path_or_hub_id):
+    """-> (sae_x, sae_y, config) of a finished run: a folder, or the id of a hub repository."""
+    folder = Path(path_or_hub_id)
+    try:
+        if not folder.is_dir():
+            folder = Path(huggingface_hub.snapshot_download(str(path_or_hub_id)))
+        config = Config(**json.loads((folder / "config.json").read_text())["config"])
+        saes = []
+        for s in "xy":
+            tensors = safetensors.torch.load_file(folder / f"sae_{s}" / "sae_weights.safetensors")
+            tensors["W_enc"] = tensors["W_enc"].T.contiguous()
+            saes.append(TopKSAE(*tensors["W_dec"].T.shape, config.k))
+            saes[-1].load_state_dict(tensors)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path_or_hub_id} is not a finished run ({error})") from error
+    return *saes, config
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+def parse(argv) -> Config:
+    """Flags made of Config's fields; without --model, DEMO stands in for the defaults."""
+    parser = Parser("jsae.py", description="Train a pair of Jacobian SAEs.", allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        help = f.metadata["help"]
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **kind)
+    given = vars(parser.parse_args(argv))
+    if "model" in given:
+        return Config(**given)
+    if not (HERE / DEMO["model"]).is_dir():
+        raise InputError(
+            f"the bundled model {DEMO['model']} is not beside jsae.py; name a model, for example "
+            "--model EleutherAI/pythia-70m --layer 3"
+        )
+    print("demo settings:", " ".join(f"{flag(k)} {v}" for k, v in DEMO.items()))
+    return Config(**DEMO | given)
+
+
+def exit_status(job) -> int:
+    """Run job(): 0, or 2 and one line on stderr for what was given wrong, 130 for Ctrl-C."""
+    try:
+        job()
+    except (InputError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:  # argparse's, after --help
+        return stop.code or 0
+    return 0
+
+
+def main(argv=None) -> int:
+    def job():
+        config = parse(argv)
+        run_dir = train(config)
+        last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        print(f"explained variance     x {last['ev_x']:.4f}, y {last['ev_y']:.4f}")
+        print(f"|J| > 0.01 per token   {last['jacobian_above_0.01']:.1f} of {config.k**2}")
+        print(f"tokens per second      {last['tokens_per_second']:,.0f}")
+        print(f"written to             {run_dir}")
+        if (HERE / "evaluate.py").exists():
+            print(f"evaluate it with       python {HERE / 'evaluate.py'} {run_dir}")
+
+    return exit_status(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

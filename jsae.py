@@ -10,9 +10,9 @@ Activations. ICML 2025, arXiv 2502.18147.
 Two TopK sparse autoencoders, on the input x and the output y of a transformer's MLP f, are trained
 so that the latents are sparse and the map f_s between them is sparse too, by its Jacobian J:
 
-        s_x ---d_x---> x_hat       y_hat <---d_y--- s_y
-         ^               ~           ~               ^          f_s = e_y . f . d_x . tau_k  (Eq. 3)
-         '-----e_x------ x ---f----> y -----e_y------'
+    s_x ---d_x---> x_hat       y_hat <---d_y--- s_y
+     ^               ~           ~               ^         f_s = e_y . f . d_x . tau_k      (Eq. 3)
+     '-----e_x------ x ---f----> y -----e_y------'
 
     s = tau_k(W_enc x + b_enc), x_hat = W_dec^T s + b_dec; tau_k: TopK, then ReLU         (Eq. 1, 2)
     L = MSE(x, x_hat) + MSE(y, y_hat) + jacobian_coef / k^2 sum |J|                          (Eq. 5)
@@ -25,11 +25,10 @@ so that the latents are sparse and the map f_s between them is sparse too, by it
     J^(active)              J                         (B, k, k), J[b, i, j] = d s_y,i / d s_x,j
     R, lambda               expansion_factor, jacobian_coef; n_latents = R d_model
 
-Where the paper is silent or its code differs: phi' is taken at the true x (the stable setup, D.1),
-a batch is 4096 tokens, decoder rows have unit norm at the start and after every step, the first
-token of a context is left out. The README lists every such reading with its reason.
+Readings: phi' is taken at the true x (the stable setup, D.1), a batch is 4096 tokens, decoder rows
+keep unit norm, the first token of a context is left out. The README gives them all, with reasons.
 
-    python jsae.py                                           the bundled model; a few minutes
+    python jsae.py                                           the bundled model, in minutes
     python jsae.py --model EleutherAI/pythia-70m --layer 3   the paper's settings
 """
 
@@ -69,8 +68,6 @@ class InputError(ValueError):
 
 
 # ---- Configuration -------------------------------------------------------------------------------
-
-
 def option(default, help, allowed=lambda value: True, expected=""):
     meta = {"help": f"{help} ({default})", "allowed": allowed, "expected": expected}
     return dataclasses.field(default=default, metadata=meta)
@@ -117,7 +114,8 @@ class Config:
         for field in dataclasses.fields(self):
             value, meta = getattr(self, field.name), field.metadata
             if not meta["allowed"](value):
-                raise InputError(f"{flag(field.name)} is {value!r}; expected {meta['expected']}")
+                flag = "--" + field.name.replace("_", "-")
+                raise InputError(f"{flag} is {value!r}; expected {meta['expected']}")
 
     @property
     def run_dir(self) -> Path:
@@ -133,13 +131,7 @@ DEMO = {"model": "assets/tiny-pythia", "layer": 1, "dataset": "stdlib", "context
 DEMO |= {"tokens": 3_000_000, "k": 16, "expansion_factor": 8}
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
 # ---- Sparse autoencoders (section 3.1) -----------------------------------------------------------
-
-
 class Latents(NamedTuple):
     """The k latents that TopK kept; one whose value is 0 after ReLU is not active."""
 
@@ -177,32 +169,21 @@ class TopKSAE(nn.Module):
     def forward(self, x):
         return self.decode(self.encode(x))
 
-    @torch.no_grad()
-    def normalize_decoder(self):
-        """Give every decoder row unit norm: small rows would make J small and s_x large."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
-
 
 # ---- The MLP and its derivative ------------------------------------------------------------------
-
-
-def gelu_grad(z):
-    return torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-
-
-def tanh_gelu_grad(z):  # gelu(z) = z sigmoid(2 c (z + 0.044715 z^3))
-    c = math.sqrt(2 / math.pi)
-    s = torch.sigmoid(2 * c * (z + 0.044715 * z**3))
-    return s + z * s * (1 - s) * 2 * c * (1 + 3 * 0.044715 * z * z)
-
-
 def silu_grad(z):
     s = torch.sigmoid(z)
     return s * (1 + z * (1 - s))
 
 
+def tanh_gelu_grad(z):  # of z sigmoid(2 u), u = c (z + 0.044715 z^3)
+    c = math.sqrt(2 / math.pi)
+    s = torch.sigmoid(2 * c * (z + 0.044715 * z**3))
+    return s + z * s * (1 - s) * 2 * c * (1 + 3 * 0.044715 * z * z)
+
+
 ACTIVATIONS = (  # (phi, phi')
-    (F.gelu, gelu_grad),
+    (F.gelu, lambda z: torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / math.sqrt(math.tau)),
     (partial(F.gelu, approximate="tanh"), tanh_gelu_grad),
     (lambda z: z * torch.sigmoid(1.702 * z), lambda z: silu_grad(1.702 * z)),  # QuickGELU
     (F.silu, silu_grad),
@@ -213,21 +194,16 @@ ACTIVATIONS = (  # (phi, phi')
 
 def with_derivative(act):
     """(phi, phi') of an elementwise function: by hand if among ACTIVATIONS, else by autodiff."""
-    act = copy.deepcopy(act)
+    act = copy.deepcopy(act)  # a module of the language model stays as it is
     device = next((p.device for p in getattr(act, "parameters", list)()), "cpu")
     grid = torch.linspace(-8, 8, 1601, device=device)
     values = act(grid)
-    if not torch.allclose(values[::7], act(grid[::7])):
-        raise InputError(f"{act} is not an elementwise function, which an activation must be")
+    if not torch.allclose(values[::7], act(grid[::7]), atol=1e-6):
+        raise InputError(f"the activation {act} is not an elementwise function")
     for known, derivative in ACTIVATIONS:
         if torch.allclose(values, known(grid), rtol=0, atol=1e-5):
             return known, derivative
-
-    def autodiff(z):
-        value, pullback = torch.func.vjp(act, z)
-        return pullback(torch.ones_like(value))[0]
-
-    return act, autodiff
+    return act, lambda z: torch.func.vjp(act, z)[1](torch.ones_like(z))[0]
 
 
 # Largest relative error at which a model's own MLP counts as reproduced.
@@ -289,10 +265,10 @@ class MLP(nn.Module):
     @classmethod
     def from_module(cls, module) -> "MLP":
         """The MLP that module(x) computes. ValueError if it is not one dense MLP."""
-        first = next((weight_of(m) for m in module.modules() if isinstance(m, LINEAR)), None)
-        if first is None:
-            raise InputError(f"{type(module).__name__} has no linear map; expected a dense MLP")
-        x = torch.randn(2, 16, first.shape[1], generator=torch.Generator().manual_seed(0)).to(first)
+        W = next(
+            (weight_of(m) for m in module.modules() if isinstance(m, LINEAR)), torch.ones(1, 1)
+        )
+        x = torch.randn(2, 16, W.shape[1], generator=torch.Generator().manual_seed(0)).to(W)
         return find_mlp(module, partial(module, x), type(module).__name__)
 
 
@@ -305,61 +281,55 @@ def weight_of(linear):
 
 
 def declared_activations(block):
-    """(phi, phi') of the elementwise functions among `block`'s children and attributes."""
-    leaves = [m for m in block.modules() if not isinstance(m, LINEAR) and not list(m.children())]
-    functions = [a for m in block.modules() for a in vars(m).values() if callable(a)]
-    for function in leaves + [a for a in functions if not isinstance(a, type)]:
-        try:
-            yield with_derivative(function)
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
-            continue  # something else than a function of one tensor
+    """(phi, phi') of the elementwise functions among the children and attributes in `block`."""
+    for module in block.modules():
+        leaf = [] if isinstance(module, LINEAR) or list(module.children()) else [module]
+        for function in filter(callable, [*leaf, *vars(module).values()]):
+            try:
+                yield with_derivative(function)
+            except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+                continue  # something else than a function of one tensor
 
 
 @torch.no_grad()
 def find_mlp(block, run, where) -> MLP:
-    """The MLP in `block`, known by what its linear maps compute while run() calls them.
+    """The MLP in `block`: two or three linear maps, children of one module, that run() calls.
 
-    A map is an MLP's last if its input is phi(z), or phi(g) * h, where z, g, h are outputs (or
-    halves of one) of maps that read the same x; then the whole MLP must give that map's output.
+    Every reading (which map or half of a map is W_in, W_gate, W_out; which activation function is
+    phi) is tried on what entered and left the maps, and the one that reproduces it is returned.
     """
-    for name, module in block.named_modules():
-        if any(word in f"{name} {type(module).__name__}".lower() for word in ("expert", "moe")):
-            raise InputError(f"{where} is a mixture of experts; expected one dense MLP")
-    seen, training = {}, block.training  # seen: {map: (input, output)}, each (tokens, features)
+    names = " ".join(f"{name} {type(m).__name__}" for name, m in block.named_modules()).lower()
+    if "expert" in names or "moe" in names:
+        raise InputError(f"{where} is a mixture of experts; expected one dense MLP")
+    seen, inside = {}, list(block.modules())  # seen: {linear map: (input, output)}
 
-    def observe(linear, args, output):
-        seen[linear] = args[0].flatten(0, -2), output.flatten(0, -2)
+    def observe(module, args, output):
+        if module in inside and isinstance(module, LINEAR):
+            seen[module] = args[0].clone(), output.clone()  # models add to these in place
 
-    handles = [m.register_forward_hook(observe) for m in block.modules() if isinstance(m, LINEAR)]
-    block.eval()
+    handle, training = nn.modules.module.register_module_forward_hook(observe), block.training
     try:
+        block.eval()
         run()
     finally:
         block.train(training)
-        for handle in handles:
-            handle.remove()
-
-    def close(value, target):
-        same = value.shape == target.shape
-        return same and (value - target).norm() <= TOLERANCE[target.dtype] * target.norm()
-
+        handle.remove()
     activations = dict.fromkeys([*declared_activations(block), *ACTIVATIONS])
-    for (act, _), down in itertools.product(activations, seen):
-        (d_model, d_mlp), parts = weight_of(down).shape, []  # (map, its rows): z, g or h?
-        for m in seen:
-            if m is not down and weight_of(m).shape in ((d_mlp, d_model), (2 * d_mlp, d_model)):
-                parts += [(m, slice(i, i + d_mlp)) for i in range(0, len(weight_of(m)), d_mlp)]
-        for up, gate in itertools.product(parts, [None, *parts]):
-            (x, h), (x_gate, g) = seen[up[0]], seen[(gate or up)[0]]
-            value = act(g[:, gate[1]]) * h[:, up[1]] if gate else act(h[:, up[1]])
-            if torch.equal(x, x_gate) and close(value, seen[down][0]):
-                maps, tensors = [up, (down, slice(None))] + ([gate] if gate else []), []
-                for m, rows in maps:
-                    bias = getattr(m, "bias", None)
-                    tensors += [weight_of(m)[rows], None if bias is None else bias[rows]]
-                mlp = MLP(*tensors, act=act)
-                mlp.sites = (*(m for m in seen if m in (up[0], (gate or up)[0])), down)
-                if close(mlp(x.to(mlp.W_in.dtype)), seen[down][1]):
+    for (act, _), parent in itertools.product(activations, inside):
+        maps = [m for m in parent.children() if isinstance(m, LINEAR)]
+        for *readers, down in itertools.permutations(maps) if len(maps) in (2, 3) else ():
+            W_out, orders = weight_of(down), [[(weight_of(m), m.bias) for m in readers]]
+            if len(weight_of(readers[0])) == 2 * W_out.shape[1]:  # W_in and W_gate in one map
+                (W, b) = orders[0][0]
+                halves = list(zip(W.chunk(2), (None, None) if b is None else b.chunk(2)))
+                orders = [halves, halves[::-1]]
+            for up, *gate in orders:
+                if any(W.T.shape != W_out.shape for W, _ in (up, *gate)) or not {*maps} <= {*seen}:
+                    continue
+                mlp = MLP(*up, W_out, down.bias, *(gate[0] if gate else ()), act=act)
+                mlp.sites = (*sorted(readers, key=list(seen).index), down)
+                x, y = seen[readers[0]][0].to(mlp.W_in.dtype), seen[down][1]
+                if (mlp(x) - y).norm() <= TOLERANCE[y.dtype] * y.norm():
                     return mlp
     raise InputError(
         f"{where} has no MLP that two or three linear maps and an activation function reproduce; "
@@ -368,8 +338,6 @@ def find_mlp(block, run, where) -> MLP:
 
 
 # ---- The Jacobian (section 4.2, appendix A) ------------------------------------------------------
-
-
 def active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y):
     """J[..., i, j] = d s_y,i / d s_x,j of the active latents (..., k, k). Eq. 16; Eq. 29 if gated.
 
@@ -386,13 +354,11 @@ def active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y):
 # that TopK chose), but nothing of size B x n_latents or B x k x d_mlp is kept for the backward.
 
 
-def weighted_rows(weights, W, idx):
-    """sum_i weights[b, i] W[idx[b, i]]: (B, k), (n, d), (B, k) -> (B, d)."""
-    return F.embedding_bag(idx, W, per_sample_weights=weights, mode="sum")
+weighted_rows = partial(F.embedding_bag, mode="sum")  # (idx, W) -> sum of w[b, i] W[idx[b, i]]
 
 
 class Encode(torch.autograd.Function):
-    """TopKSAE.encode for constant x, its large product in `dtype`, with a backward on k rows.
+    """TopKSAE.encode for constant x, with a backward pass that touches k rows per token.
 
     z[b, i] = x[b] . W[idx[b, i]] is the derivative of x . weighted_rows(w, W, idx) in w, and the
     gradient that W gets from z is that of weighted_rows with the gradient of z as weights.
@@ -400,11 +366,13 @@ class Encode(torch.autograd.Function):
 
     @staticmethod
     @torch.enable_grad()
-    def forward(ctx, x, W, b, k, dtype):
+    def forward(ctx, x, W, b, k):
         W, b = W.detach(), b.detach()
-        idx = F.linear(x.to(dtype), W.to(dtype), b.to(dtype)).topk(k).indices
-        w = x.new_zeros(idx.shape, requires_grad=True)
-        acts = F.relu(torch.autograd.grad(weighted_rows(w, W, idx), w, x)[0] + b[idx])
+        idx = F.linear(x, W, b).topk(k).indices  # autocast, if on, rules this product alone
+        w = torch.zeros_like(idx, dtype=W.dtype, requires_grad=True)
+        acts = F.relu(
+            torch.autograd.grad(weighted_rows(idx, W, per_sample_weights=w), w, x)[0] + b[idx]
+        )
         ctx.save_for_backward(x, W, acts, idx)
         ctx.mark_non_differentiable(idx)
         return acts, idx
@@ -415,51 +383,50 @@ class Encode(torch.autograd.Function):
         x, W, acts, idx = ctx.saved_tensors
         grad, W = (grad * (acts > 0)).detach(), W.detach().requires_grad_()
         grad_b = grad.new_zeros(len(W)).index_add_(0, idx.flatten(), grad.flatten())
-        return None, torch.autograd.grad(weighted_rows(grad, W, idx), W, x)[0], grad_b, None, None
+        return (
+            None,
+            torch.autograd.grad(weighted_rows(idx, W, per_sample_weights=grad), W, x)[0],
+            grad_b,
+            None,
+        )
 
 
 class JacobianL1(torch.autograd.Function):
-    """Mean |J| over tokens and k x k, and its exact gradients from the same pass over the tokens.
+    """Sum of |J|, and its exact gradients from the same pass over chunks of tokens.
 
-    With left = W_enc_y W_out and right = W_dec_x W^T for the rows active in this batch, a token's J
-    is left[K_2] (c * right[K_1])^T (Eq. 16). The gradient of sum |J| is the matrix of signs, S: it
-    adds S (c * right[K_1]) to left[K_2]'s gradient and c * (S^T left[K_2]) to right[K_1]'s.
+    A token's J is left[i_y] (sum of c * right[i_x])^T (Eq. 16), with left = W_enc_y W_out and right
+    = W_dec_x W^T. The gradient of sum |J| is the matrix of signs, S: it adds S (sum of c *
+    right[i_x]) to the gradient of left[i_y], and c * (S^T left[i_y]) to that of right[i_x].
     """
 
     @staticmethod
-    def forward(ctx, W_enc, W_dec, W_out, derivative, s_x, s_y, dtype):
-        (B, k), d_mlp = s_x.idx.shape, W_out.shape[1]
-        (rows_y, idx_y), (rows_x, idx_x) = (s.idx.unique(return_inverse=True) for s in (s_y, s_x))
-        on_y, on_x = (s_y.acts > 0).to(dtype).unsqueeze(2), (s_x.acts > 0).to(dtype).unsqueeze(1)
-        coefs, Ws = [c.to(dtype).unsqueeze(1) for c, _ in derivative], [W for _, W in derivative]
-        W_out, *Ws = (W.to(dtype) for W in (W_out, *Ws))
-        left = W_enc[rows_y].to(dtype) @ W_out  # (active, d_mlp)
-        rights = [W_dec[rows_x].to(dtype) @ W.T for W in Ws]  # (active, d_mlp)
-        grads = [torch.zeros_like(m, dtype=W_enc.dtype) for m in (left, *rights)]
-        total = W_enc.new_zeros(())
-        chunk = max(1, 2 ** (28 if W_enc.is_cuda else 21) // (k * d_mlp * dtype.itemsize))
+    def forward(ctx, mask, i_y, i_x, cs, left, *rights):
+        (B, k), d_mlp = i_y.shape, left.shape[1]
+        total = left.new_zeros((), dtype=mask.dtype)
+        grads = [torch.zeros_like(m, dtype=mask.dtype) for m in (left, *rights)]
+        chunk = max(1, 2 ** (28 if left.is_cuda else 21) // (k * d_mlp * left.element_size()))
         for t in (slice(i, i + chunk) for i in range(0, B, chunk)):
-            a = left[idx_y[t]]  # (chunk, k, d_mlp)
-            d = sum(c[t] * right[idx_x[t]] for c, right in zip(coefs, rights))
-            J = a @ d.mT * on_y[t] * on_x[t]  # (chunk, k, k)
-            total += J.abs().sum(dtype=total.dtype)
-            S = J.sign()
-            grad_d = S.mT @ a
-            updates = [(idx_y[t], S @ d), *((idx_x[t], c[t] * grad_d) for c in coefs)]
-            for grad, (idx, rows) in zip(grads, updates):
-                grad.index_add_(0, idx.flatten(), rows.flatten(0, 1).to(grad.dtype))
-        grad_y = grads[0].to(dtype) @ W_out.T  # (active, d_model)
-        grad_x = sum(grad.to(dtype) @ W for grad, W in zip(grads[1:], Ws))
-        pairs = ((W_enc, rows_y, grad_y), (W_dec, rows_x, grad_x))
-        n = B * k * k
-        ctx.save_for_backward(
-            *(torch.zeros_like(W).index_copy_(0, i, g.to(W.dtype) / n) for W, i, g in pairs)
-        )
-        return total / n
+            a = left[i_y[t]]  # (chunk, k, d_mlp)
+            d = sum(c[t] * right[i_x[t]] for c, right in zip(cs, rights))  # (chunk, k, d_mlp)
+            J = a @ d.mT * mask[t]  # (chunk, k, k)
+            total += J.abs().sum()
+            S = J.sign().to(left.dtype)
+            back = S.mT @ a
+            updates = [(i_y[t], S @ d), *((i_x[t], c[t] * back) for c in cs)]
+            for grad, (i, rows) in zip(grads, updates):
+                grad.index_add_(0, i.flatten(), rows.flatten(0, 1).to(grad.dtype))
+        ctx.save_for_backward(*(grad.to(left.dtype) for grad in grads))
+        return total
 
     @staticmethod
     def backward(ctx, grad):
-        return *(grad * saved for saved in ctx.saved_tensors), None, None, None, None, None
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(grad.to(saved.dtype) * saved for saved in ctx.saved_tensors),
+        )
 
 
 def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
@@ -470,66 +437,65 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
     jacobian_l1, mean |J| over tokens and k x k without the coefficient (absent at coefficient 0).
     Under torch.autocast its dtype serves the large products, the SAEs' own dtype all the rest.
     """
-    device, own = x.device.type, sae_x.W_enc.dtype
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else own
-    x, loss, parts = x.detach().to(own), 0.0, {}
+    x, loss, parts = x.detach().to(sae_x.W_enc.dtype), 0.0, {}
     with torch.no_grad():
-        y, derivative = mlp(x).to(own), mlp.derivative(x)
-    with torch.autocast(device, enabled=False):
-        for name, sae, target in (("x", sae_x, x), ("y", sae_y, y)):
-            acts, idx = Encode.apply(target, sae.W_enc, sae.b_enc, sae.k, dtype)
-            mse = F.mse_loss(weighted_rows(acts, sae.W_dec, idx) + sae.b_dec, target)
-            loss = loss + mse
-            parts |= {f"mse_{name}": mse.detach(), f"s_{name}": Latents(acts.detach(), idx)}
-        if jacobian_coef:
-            s_x, s_y = parts["s_x"], parts["s_y"]
-            if jacobian_fraction < 1:
-                n = max(1, round(jacobian_fraction * len(x)))
-                t = torch.randperm(len(x), device=x.device)[:n]
-                s_x, s_y = (Latents(s.acts[t], s.idx[t]) for s in (s_x, s_y))
-                derivative = [(c[t], W) for c, W in derivative]
-            constants = (mlp.W_out, derivative, s_x, s_y, dtype)
-            jacobian_l1 = JacobianL1.apply(sae_y.W_enc, sae_x.W_dec, *constants)
-            loss = loss + jacobian_coef * jacobian_l1
-            parts["jacobian_l1"] = jacobian_l1.detach()
+        y = mlp(x).to(x.dtype)
+    for name, sae, v in (("x", sae_x, x), ("y", sae_y, y)):
+        acts, idx = Encode.apply(v, sae.W_enc, sae.b_enc, sae.k)
+        mse = F.mse_loss(weighted_rows(idx, sae.W_dec, per_sample_weights=acts) + sae.b_dec, v)
+        loss = loss + mse
+        parts |= {f"mse_{name}": mse.detach(), f"s_{name}": Latents(acts.detach(), idx)}
+    if jacobian_coef:
+        n = max(1, round(jacobian_fraction * len(x)))
+        t = torch.randperm(len(x), device=x.device)[:n] if n < len(x) else slice(None)
+        s_x, s_y = (Latents(*(v[t] for v in parts[s])) for s in ("s_x", "s_y"))
+        with torch.no_grad():
+            derivative = mlp.derivative(x[t])
+        on = (s_y.acts > 0).unsqueeze(2) & (s_x.acts > 0).unsqueeze(1)  # (B, k, k)
+        rows_y, i_y = s_y.idx.unique(return_inverse=True)  # only the rows active in this batch
+        rows_x, i_x = s_x.idx.unique(return_inverse=True)
+        left = F.linear(sae_y.W_enc.index_select(0, rows_y), mlp.W_out.T)  # (active, d_mlp)
+        rights = [F.linear(sae_x.W_dec.index_select(0, rows_x), W) for _, W in derivative]
+        cs = [c.to(left.dtype).unsqueeze(1) for c, _ in derivative]  # (B, 1, d_mlp)
+        total = JacobianL1.apply(on.to(x.dtype), i_y, i_x, cs, left, *rights)
+        parts["jacobian_l1"] = total.detach() / on.numel()
+        loss = loss + jacobian_coef / on.numel() * total
     return loss, parts
 
 
 # ---- Language model and text ---------------------------------------------------------------------
-
-
 def load_language_model(config, device):
-    """-> (model in float32, frozen; tokenizer, or None where there is none)."""
-    beside = HERE / config.model
+    """-> (model in float32, frozen; tokenizer, or None where there is none).
+
+    The control of section 5.3, drawn on the CPU from the seed: `init` re-draws every parameter as
+    the model's own initialiser does, `shuffle` permutes every parameter's entries.
+    """
+    beside, load = HERE / config.model, transformers.AutoModelForCausalLM
     folder = str(beside if beside.exists() and not Path(config.model).exists() else config.model)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = load.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"--model {config.model} is no causal LM that loads ({error})") from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError):
         tokenizer = None  # enough for text that comes as token ids
-    randomize_weights(model, config.randomize_weights, config.seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(config.seed)
+        if config.randomize_weights == "init":
+            model = load.from_config(model.config, dtype=torch.float32)
+        for p in model.parameters() if config.randomize_weights == "shuffle" else ():
+            p.copy_(p.flatten()[torch.randperm(p.numel())].view_as(p))
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
-@torch.no_grad()
-def randomize_weights(model, how, seed):
-    """The control of section 5.3: every parameter drawn as the model's own initialiser does (init),
-    or its entries permuted (shuffle); on the CPU, from the seed, so that evaluation can redraw it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if how == "init":
-            new = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-            model.load_state_dict(new.state_dict())
-        for p in model.parameters() if how == "shuffle" else ():
-            p.copy_(p.flatten()[torch.randperm(p.numel())].view_as(p))
-
-
-BUILDERS = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
-BUILDERS[".arrow"] = "arrow"
+ENDINGS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".zst": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 
 
 def load_documents(dataset, split):
@@ -541,18 +507,17 @@ def load_documents(dataset, split):
         paths = [p for p in paths if not {"site-packages", "dist-packages"} & set(p.split("/"))]
         paths.sort(key=lambda p: (zlib.crc32(p.encode()), p))  # mixes the subjects
         return [{"path": p, "text": (root / p).read_text("utf-8", "replace")} for p in paths], True
-    if not path.exists() and not path.name.endswith(tuple(BUILDERS)):
+    if not path.exists() and path.suffix not in ENDINGS:
         name, _, subset = dataset.partition(":")
         return datasets.load_dataset(name, subset or None, split=split, streaming=True), False
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    kinds = {kind for p in files for end, kind in BUILDERS.items() if p.name.endswith(end)}
+    files = [str(p) for p in files if p.suffix in ENDINGS]
+    kinds = {ENDINGS[Path(f).suffix] for f in files}
     if len(kinds) != 1:
-        raise InputError(f"expected files of one kind among {', '.join(BUILDERS)}")
-    whole = {"sample_by": "document", "encoding_errors": "replace"} if kinds == {"text"} else {}
-    files = [str(p) for p in files if p.name.endswith(tuple(BUILDERS))]
-    return datasets.load_dataset(
-        *kinds, data_files=files, split="train", streaming=True, **whole
-    ), True
+        raise InputError(f"expected files that end in one of {', '.join(ENDINGS)}")
+    options = {"data_files": files, "split": "train", "streaming": True}
+    options |= {"sample_by": "document", "encoding_errors": "replace"} if "text" in kinds else {}
+    return datasets.load_dataset(*kinds, **options), True
 
 
 def pack(documents, tokenizer, model, context_size):
@@ -588,32 +553,27 @@ def token_contexts(config, model, tokenizer, context_size, held_out=False):
         key = document.get("path") or document.get("text") or str(document.get("input_ids"))
         return zlib.crc32(key.encode("utf-8", "replace")) % 20 == 0
 
+    n, sides = None, set()
     try:
         documents, local = load_documents(config.dataset, config.split)
-        sides = set()
         by_document = local and any(sides.add(is_held_out(d)) or len(sides) == 2 for d in documents)
-        while True:
+        while n is None or (local and not held_out):
             chosen = (d for d in documents if not by_document or is_held_out(d) == held_out)
-            contexts = pack(chosen, tokenizer, model, context_size)
+            contexts, n = pack(chosen, tokenizer, model, context_size), 0
             if local and not by_document:
                 contexts = list(contexts)
                 cut = len(contexts) - max(1, len(contexts) // 20)
                 contexts = contexts[cut:] if held_out else contexts[:cut]
-            n = 0
             for n, context in enumerate(contexts, 1):
                 yield context
-            if held_out or not local:
-                return
             if n * context_size < config.batch_size:
                 raise InputError(f"{n * context_size} tokens; one batch needs {config.batch_size}")
-            tqdm.write(f"{config.dataset} ended after {n:,} contexts, starts again", sys.stderr)
+            tqdm.write(f"{config.dataset} has ended after {n:,} contexts", sys.stderr)
     except Exception as error:  # of any library that reads text
         raise InputError(f"--dataset {config.dataset}: {error}") from error
 
 
 # ---- Activations ---------------------------------------------------------------------------------
-
-
 class LeaveForwardPass(Exception):
     """Raised by a hook once the MLP's input is known."""
 
@@ -621,17 +581,15 @@ class LeaveForwardPass(Exception):
 @torch.no_grad()
 def mlp_inputs(model, mlp, ids):
     """Token ids (contexts, T) -> x (contexts, T, d_model). Leaves the forward pass at the MLP."""
-    captured = []
 
-    def capture(_, args):
-        captured.append(args[0])
-        raise LeaveForwardPass
+    def leave(_, args):
+        raise LeaveForwardPass(args[0])
 
-    handle = mlp.sites[0].register_forward_pre_hook(capture)
+    handle = mlp.sites[0].register_forward_pre_hook(leave)
     try:
         model(input_ids=ids, use_cache=False)
-    except LeaveForwardPass:
-        return captured[0].reshape(*ids.shape, -1)
+    except LeaveForwardPass as left:
+        return left.args[0].reshape(*ids.shape, -1)
     finally:
         handle.remove()
 
@@ -660,46 +618,38 @@ def activation_batches(config, model, mlp, contexts, steps, autocast):
 
 
 # ---- Training (appendix D) -----------------------------------------------------------------------
-
-
-def resolve_device(config):
-    """-> (torch.device, a function that makes the run's autocast context)."""
-    name = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not available; expected cpu or cuda") from error
-    low, kind = {"auto": "cuda", "bfloat16": name, "float32": ""}[config.dtype], torch.device(name)
-    enabled = bool(low) and name.startswith(low)
-    return kind, partial(torch.autocast, kind.type, torch.bfloat16, enabled=enabled)
-
-
 @torch.no_grad()
 def measure(sae_x, sae_y, mlp, x, parts):
     """Reconstruction on a batch; mean |J| and the number of |J| > 0.01 per token on 512 of it."""
     s_x, s_y = (Latents(*(v[:512] for v in parts[s])) for s in ("s_x", "s_y"))
     J = active_jacobian(sae_x, sae_y, mlp, x[:512], s_x, s_y).abs()
-    values = {"jacobian_l1": J.mean(), "jacobian_above_0.01": (J > 0.01).sum() / len(J)}
+    values = {
+        "jacobian_l1": J.mean().item(),
+        "jacobian_above_0.01": (J > 0.01).sum().item() / len(J),
+    }
     for s, v in (("x", x), ("y", mlp(x))):
-        mse = values[f"mse_{s}"] = parts[f"mse_{s}"]
-        values[f"ev_{s}"] = 1 - mse / (v - v.mean(0)).square().mean()
-    return {name: value.item() for name, value in values.items()}
+        mse = values[f"mse_{s}"] = parts[f"mse_{s}"].item()
+        values[f"ev_{s}"] = 1 - mse / (v - v.mean(0)).square().mean().item()
+    return values
 
 
 def train(config: Config) -> Path:
     """Train a pair of SAEs and write the run directory, whose path is returned.
 
     Adam; lr warmed up over 1 % of the steps and brought to 0 over the last 20 %; lambda warmed up
-    over 5 %; both SAEs' gradients clipped together to norm 1; decoder rows normalised every step.
+    over 5 %; both SAEs' gradients clipped together to norm 1; decoder rows kept at norm 1.
     InputError if a setting cannot be used, the text ends or a number breaks; what was trained until
     then is saved in checkpoint/.
     """
-    device, autocast = resolve_device(config)
-    run_dir, batch, steps = (
-        free_run_dir(config),
-        config.batch_size,
-        config.tokens // config.batch_size,
-    )
+    device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not available; expected cpu or cuda") from error
+    low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.startswith("cuda"))
+    autocast = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=low)
+    check_run_dir(config)
+    steps, batch, dataset = config.tokens // config.batch_size, config.batch_size, config.dataset
     if steps == 0:
         raise InputError(f"--tokens is {config.tokens}; expected at least one batch, {batch}")
     model, tokenizer = load_language_model(config, device)
@@ -710,18 +660,17 @@ def train(config: Config) -> Path:
         tqdm.write(f"contexts are clamped to {longest} tokens, the model's maximum", sys.stderr)
     contexts = token_contexts(config, model, tokenizer, context_size)
     batches = activation_batches(config, model, mlp, contexts, steps, autocast)
-    first = next(batches, None)
+    first = next(batches, None)  # nothing is written before it is known that the data can be read
     if first is None:
-        raise InputError(f"--dataset {config.dataset} ended before one batch of {batch} tokens")
+        raise InputError(f"--dataset {dataset} ended before one batch of {batch} tokens was full")
 
     torch.manual_seed(config.seed)
-    d_model = mlp.W_in.shape[1]
-    sizes = d_model, config.expansion_factor * d_model, config.k
-    sae_x, sae_y = TopKSAE(*sizes).to(device), TopKSAE(*sizes).to(device)
-    parameters = [*sae_x.parameters(), *sae_y.parameters()]
+    sizes = first.shape[1], config.expansion_factor * first.shape[1], config.k
+    sae_x, sae_y = saes = TopKSAE(*sizes).to(device), TopKSAE(*sizes).to(device)
+    parameters = [p for sae in saes for p in sae.parameters()]
     adam = torch.optim.Adam(parameters, fused=True)
-    seen_at = {s: torch.zeros(sizes[1], dtype=torch.long, device=device) for s in "xy"}
-    info = start_run(run_dir, config, model, mlp, tokenizer, context_size)
+    seen_at = torch.zeros(2, sizes[1], dtype=torch.long, device=device)  # tokens, per latent
+    info = start_run(config, model, mlp, tokenizer, context_size)
     step, start, log_every = 0, time.perf_counter(), max(1, min(50, steps // 20))
     bar = tqdm(total=steps * batch, unit="tok", unit_scale=True)
     try:
@@ -730,74 +679,61 @@ def train(config: Config) -> Path:
             lr = config.lr * min(1, step / (0.01 * steps), (steps - step + 1) / (0.2 * steps))
             adam.param_groups[0]["lr"] = lr
             with autocast():
-                loss, parts = jsae_loss(sae_x, sae_y, mlp, x, coef, config.jacobian_fraction)
+                loss, parts = jsae_loss(*saes, mlp, x, coef, config.jacobian_fraction)
             adam.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             if not (loss + norm).isfinite():
-                raise InputError(f"loss {loss.item()}, gradient norm {norm.item()}")
+                raise InputError(f"the loss is {loss.item()}, the gradients' norm {norm.item()}")
             adam.step()
-            for s, sae in (("x", sae_x), ("y", sae_y)):
-                sae.normalize_decoder()
-                acts, idx = parts[f"s_{s}"]
-                seen_at[s][idx[acts > 0]] = step * batch
+            for sae, at, (acts, idx) in zip(saes, seen_at, (parts["s_x"], parts["s_y"])):
+                sae.W_dec.data = F.normalize(sae.W_dec.data)
+                at[idx[acts > 0]] = step * batch
             bar.update(batch)
             if step % log_every == 0 or step == steps:
                 row = {"step": step, "tokens": step * batch, "lr": lr, "coef": coef}
-                row |= measure(sae_x, sae_y, mlp, x, parts)
-                for s, at in seen_at.items():
-                    row[f"dead_{s}"] = (at <= max(0, step * batch - 10_000_000)).sum().item()
-                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k[:3] in SHOWN})
-                row["seconds"] = time.perf_counter() - start
-                row["tokens_per_second"] = step * batch / row["seconds"]
-                with open(run_dir / "metrics.jsonl", "a") as log:
+                shown = measure(*saes, mlp, x, parts)
+                dead = (seen_at <= max(0, step * batch - 10_000_000)).sum(1).tolist()
+                shown |= {"dead_x": dead[0], "dead_y": dead[1]}
+                bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+                seconds = time.perf_counter() - start
+                row |= shown | {"seconds": seconds, "tokens_per_second": step * batch / seconds}
+                with open(config.run_dir / "metrics.jsonl", "a") as log:
                     log.write(json.dumps(row) + "\n")
         if step < steps:
-            raise InputError(f"--dataset {config.dataset} ended")
+            raise InputError(f"--dataset {dataset} ended")
     except InputError as error:
-        save_pair(run_dir / "checkpoint", sae_x, sae_y, info)
-        raise InputError(
-            f"step {step} of {steps}: {error}; saved in {run_dir}/checkpoint"
-        ) from error
+        save_pair(config.run_dir / "checkpoint", saes, info)
+        raise InputError(f"{error}; stopped at step {step}, weights are in checkpoint/") from error
     finally:
         bar.close()
-    save_pair(run_dir, sae_x, sae_y, info)
-    return run_dir
-
-
-SHOWN = ("mse", "ev_", "jac", "dea")
+    save_pair(config.run_dir, saes, info)
+    return config.run_dir
 
 
 # ---- Run directories -----------------------------------------------------------------------------
-
-
-def free_run_dir(config):
-    """The run's folder, if a run may be written there."""
+def check_run_dir(config):
+    """InputError unless the run may be written to its folder."""
     folder = config.run_dir
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output-dir {folder} is a file; expected a folder")
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / "config.json").exists() or not (folder / "metrics.jsonl").exists():
+        if not all((folder / name).exists() for name in ("config.json", "metrics.jsonl")):
             raise InputError(f"--output-dir {folder} holds other files; expected an empty folder")
         if not config.overwrite:
             raise InputError(f"{folder} holds a run; --overwrite replaces it, --output-dir moves")
-    return folder
 
 
-def start_run(run_dir, config, model, mlp, tokenizer, context_size):
-    """Clear what an older run left, write config.json and return what it says."""
-    for name in ("metrics.jsonl", "evaluation.json", "report.html"):
-        (run_dir / name).unlink(missing_ok=True)
-    for name in ("sae_x", "sae_y", "checkpoint", "figures"):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
+def start_run(config, model, mlp, tokenizer, context_size):
+    """Empty the run's folder, write config.json and return what it says."""
+    shutil.rmtree(config.run_dir, ignore_errors=True)
     names = {module: name for name, module in model.named_modules()}
     info = {"config": dataclasses.asdict(config), "context_size": context_size}
     info["mlp_sha256"] = hashlib.sha256(safetensors.torch.save(mlp.state_dict())).hexdigest()
     info["sites"] = {"x": names[mlp.sites[0]], "y": names[mlp.sites[-1]]}  # x enters, y leaves
     info["prepend_bos"] = tokenizer is not None and tokenizer.bos_token_id is not None
     info["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
-    info["versions"]["python"] = sys.version.split()[0]
-    write_file(run_dir / "config.json", json.dumps(info, indent=2).encode())
+    write_file(config.run_dir / "config.json", json.dumps(info, indent=2).encode())
     return info
 
 
@@ -812,21 +748,19 @@ def write_file(path, data):
     os.replace(temporary, path)
 
 
-def save_pair(folder, sae_x, sae_y, info):
+def save_pair(folder, saes, info):
     """Write folder/sae_x and folder/sae_y, each whole or not at all, in the format of SAELens 6."""
     metadata = {"sae_lens_version": "6.0.0", "model_class_name": "AutoModelForCausalLM"}
     metadata |= {"model_name": info["config"]["model"], "dataset_path": info["config"]["dataset"]}
     metadata |= {name: info[name] for name in ("context_size", "prepend_bos")}
-    for s, sae in (("x", sae_x), ("y", sae_y)):
+    for s, sae in zip("xy", saes):
         tensors = {name: p.detach().cpu() for name, p in sae.named_parameters()}
         tensors["W_enc"] = tensors["W_enc"].T.contiguous()  # SAELens keeps it as (d_in, d_sae)
         cfg = {"architecture": "topk", "d_in": sae.d_model, "d_sae": sae.n_latents, "k": sae.k}
-        cfg |= {"dtype": "float32", "device": "cpu", "rescale_acts_by_decoder_norm": False}
-        cfg |= {"normalize_activations": "none", "reshape_activations": "none"}
-        cfg |= {
-            "apply_b_dec_to_input": False,
-            "metadata": metadata | {"hook_name": info["sites"][s]},
-        }
+        cfg |= {"normalize_activations": "none", "reshape_activations": "none", "device": "cpu"}
+        cfg |= {"dtype": "float32", "rescale_acts_by_decoder_norm": False}
+        cfg |= {"apply_b_dec_to_input": False}
+        cfg["metadata"] = metadata | {"hook_name": info["sites"][s]}
         target, temporary = folder / f"sae_{s}", folder / f"sae_{s}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         write_file(temporary / "cfg.json", json.dumps(cfg, indent=2).encode())
@@ -837,25 +771,21 @@ def save_pair(folder, sae_x, sae_y, info):
 
 def load_run(path_or_hub_id):
     """-> (sae_x, sae_y, config) of a finished run: a folder, or the id of a hub repository."""
-    folder = Path(path_or_hub_id)
+    folder, saes = Path(path_or_hub_id), []
     try:
         if not folder.is_dir():
             folder = Path(huggingface_hub.snapshot_download(str(path_or_hub_id)))
         config = Config(**json.loads((folder / "config.json").read_text())["config"])
-        saes = []
         for s in "xy":
             tensors = safetensors.torch.load_file(folder / f"sae_{s}" / "sae_weights.safetensors")
-            tensors["W_enc"] = tensors["W_enc"].T.contiguous()
-            saes.append(TopKSAE(*tensors["W_dec"].T.shape, config.k))
-            saes[-1].load_state_dict(tensors)
+            saes.append(TopKSAE(*tensors["W_enc"].shape, config.k))
+            saes[-1].load_state_dict(tensors | {"W_enc": tensors["W_enc"].T})
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise InputError(f"{path_or_hub_id} is not a finished run ({error})") from error
     return *saes, config
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message)
@@ -866,8 +796,8 @@ def parse(argv) -> Config:
     parser = Parser("jsae.py", description="Train a pair of Jacobian SAEs.", allow_abbrev=False)
     for f in dataclasses.fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        help = f.metadata["help"]
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **kind)
+        kind |= {"help": f.metadata["help"], "default": argparse.SUPPRESS}
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind)
     given = vars(parser.parse_args(argv))
     if "model" in given:
         return Config(**given)
@@ -876,7 +806,7 @@ def parse(argv) -> Config:
             f"the bundled model {DEMO['model']} is not beside jsae.py; name a model, for example "
             "--model EleutherAI/pythia-70m --layer 3"
         )
-    print("demo settings:", " ".join(f"{flag(k)} {v}" for k, v in DEMO.items()))
+    print("demo settings:", ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     return Config(**DEMO | given)
 
 

@@ -4,11 +4,9 @@
 # ///
 """Jacobian Sparse Autoencoders (JSAEs): the reference implementation, in one file.
 
-Farnik, Lawson, Houghton, Aitchison: Jacobian Sparse Autoencoders: Sparsify Computations, Not Just
-Activations. ICML 2025, arXiv 2502.18147.
-
-Two TopK sparse autoencoders, on the input x and the output y of a transformer's MLP f, are trained
-so that the latents are sparse and the map f_s between them is sparse too, by its Jacobian J:
+Farnik et al.: Jacobian Sparse Autoencoders: Sparsify Computations, Not Just Activations. ICML 2025,
+arXiv 2502.18147. Two TopK autoencoders, on the input x and the output y of a transformer's MLP f,
+are trained so that their latents are sparse and so is the Jacobian J of the map f_s between them.
 
     s_x ---d_x---> x_hat       y_hat <---d_y--- s_y
      ^               ~           ~               ^         f_s = e_y . f . d_x . tau_k      (Eq. 3)
@@ -18,22 +16,17 @@ so that the latents are sparse and the map f_s between them is sparse too, by it
     L = MSE(x, x_hat) + MSE(y, y_hat) + jacobian_coef / k^2 sum |J|                          (Eq. 5)
     J = (W_enc_y[K_2] W_out) diag(phi'(z)) (W_in W_dec_x[K_1]^T), k x k for each token      (Eq. 16)
 
-    paper                   here                      shape
-    s_x, K_1; s_y, K_2      s_x.acts, .idx; s_y...    (B, k) each
-    W^enc, W^dec            W_enc, W_dec              (n_latents, d_model): a latent is a row
-    W_1, W_2, W_g, phi      W_in, W_out, W_gate, act  (d_mlp, d_model), (d_model, d_mlp), ...
-    J^(active)              J                         (B, k, k), J[b, i, j] = d s_y,i / d s_x,j
-    R, lambda               expansion_factor, jacobian_coef; n_latents = R d_model
+    paper                 code
+    s_x, K_1; s_y, K_2    s_x, s_y: Latents(acts, idx), (B, k) each
+    W^enc, W^dec          W_enc, W_dec (n_latents, d_model): a latent is a row of both
+    W_1, W_2, W_g, phi    W_in (d_mlp, d_model), W_out (d_model, d_mlp), W_gate, act
+    J^(active)            J (B, k, k), J[b, i, j] = d s_y,i / d s_x,j
+    R, lambda             expansion_factor = n_latents / d_model, jacobian_coef
 
 Readings: phi' is taken at the true x (the stable setup, D.1), a batch is 4096 tokens, decoder rows
 keep unit norm, the first token of a context is left out. The README gives them all, with reasons.
-
-    python jsae.py                                           the bundled model, in minutes
-    python jsae.py --model EleutherAI/pythia-70m --layer 3   the paper's settings
 """
 
-import argparse
-import copy
 import dataclasses
 import hashlib
 import itertools
@@ -69,7 +62,7 @@ class InputError(ValueError):
 
 # ---- Configuration -------------------------------------------------------------------------------
 def option(default, help, allowed=lambda value: True, expected=""):
-    meta = {"help": f"{help} ({default})", "allowed": allowed, "expected": expected}
+    meta = {"help": help, "allowed": allowed, "expected": expected}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -89,9 +82,7 @@ class Config:
 
     model: str = option("EleutherAI/pythia-70m", "Hugging Face id or folder of a causal LM")
     layer: int = option(3, "layer whose MLP is decomposed, counted from 0", *INDEX)
-    dataset: str = option(
-        "monology/pile-uncopyrighted", "hub NAME[:CONFIG], file, folder or stdlib"
-    )
+    dataset: str = option("monology/pile-uncopyrighted", "hub NAME[:CONFIG], path, or stdlib")
     split: str = option("train", "split of a hub data set")
     tokens: int = option(300_000_000, "training tokens, rounded down to whole batches", *COUNT)
     k: int = option(32, "active latents per token, in both SAEs", *COUNT)
@@ -140,18 +131,15 @@ class Latents(NamedTuple):
 
 
 class TopKSAE(nn.Module):
-    """A k-sparse autoencoder, Eq. 1 and 2, with tau_k: TopK, then ReLU on the k values.
-
-    W_enc, W_dec: (n_latents, d_model); b_enc: (n_latents,); b_dec: (d_model,), not subtracted from
-    x before encoding. Decoder rows start with unit norm, the encoder as their copy.
-    """
+    """A k-sparse autoencoder (Eq. 1, 2): W_enc, W_dec (n_latents, d_model), b_enc (n_latents,) and
+    b_dec (d_model,), not subtracted from x. Decoder rows start at norm 1, W_enc as their copy."""
 
     def __init__(self, d_model: int, n_latents: int, k: int):
         super().__init__()
         if not 1 <= k <= n_latents:
             raise InputError(f"k is {k}; expected 1 to {n_latents}, the number of latents")
         self.d_model, self.n_latents, self.k = d_model, n_latents, k
-        self.W_dec = nn.Parameter(F.normalize(torch.randn(n_latents, d_model), dim=1))
+        self.W_dec = nn.Parameter(F.normalize(torch.randn(n_latents, d_model)))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
@@ -171,22 +159,18 @@ class TopKSAE(nn.Module):
 
 
 # ---- The MLP and its derivative ------------------------------------------------------------------
-def silu_grad(z):
-    s = torch.sigmoid(z)
-    return s * (1 + z * (1 - s))
+def tanh_gelu_grad(z):  # gelu(z) = z sigmoid(u)
+    c = math.sqrt(8 / math.pi)
+    u = c * (z + 0.044715 * z**3)
+    return torch.sigmoid(u) * (1 + z * torch.sigmoid(-u) * c * (1 + 3 * 0.044715 * z * z))
 
 
-def tanh_gelu_grad(z):  # of z sigmoid(2 u), u = c (z + 0.044715 z^3)
-    c = math.sqrt(2 / math.pi)
-    s = torch.sigmoid(2 * c * (z + 0.044715 * z**3))
-    return s + z * s * (1 - s) * 2 * c * (1 + 3 * 0.044715 * z * z)
-
-
+sig = torch.sigmoid
 ACTIVATIONS = (  # (phi, phi')
     (F.gelu, lambda z: torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / math.sqrt(math.tau)),
     (partial(F.gelu, approximate="tanh"), tanh_gelu_grad),
-    (lambda z: z * torch.sigmoid(1.702 * z), lambda z: silu_grad(1.702 * z)),  # QuickGELU
-    (F.silu, silu_grad),
+    (lambda z: z * sig(1.702 * z), lambda z: sig(1.702 * z) * (1 + 1.702 * z * sig(-1.702 * z))),
+    (F.silu, lambda z: sig(z) * (1 + z * sig(-z))),
     (F.relu, lambda z: (z > 0).to(z.dtype)),
     (lambda z: F.relu(z) ** 2, lambda z: 2 * F.relu(z)),
 )
@@ -194,7 +178,6 @@ ACTIVATIONS = (  # (phi, phi')
 
 def with_derivative(act):
     """(phi, phi') of an elementwise function: by hand if among ACTIVATIONS, else by autodiff."""
-    act = copy.deepcopy(act)  # a module of the language model stays as it is
     device = next((p.device for p in getattr(act, "parameters", list)()), "cpu")
     grid = torch.linspace(-8, 8, 1601, device=device)
     values = act(grid)
@@ -203,52 +186,48 @@ def with_derivative(act):
     for known, derivative in ACTIVATIONS:
         if torch.allclose(values, known(grid), rtol=0, atol=1e-5):
             return known, derivative
-    return act, lambda z: torch.func.vjp(act, z)[1](torch.ones_like(z))[0]
+    return partial(act), lambda z: torch.func.vjp(act, z)[1](torch.ones_like(z))[0]
 
 
 # Largest relative error at which a model's own MLP counts as reproduced.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+LINEAR = (nn.Linear, Conv1D)
 
 
 class MLP(nn.Module):
-    """The frozen weights of one transformer MLP, plain (Eq. 8) or gated (Eq. 17 to 21).
+    """The frozen weights of one transformer MLP, biases or None. W_gate is None in a plain one.
 
-        plain: y = W_out phi(W_in x + b_in) + b_out
-        gated: y = W_out (phi(W_gate x + b_gate) * (W_in x + b_in)) + b_out
+    plain: y = W_out phi(W_in x + b_in) + b_out                                              (Eq. 8)
+    gated: y = W_out (phi(W_gate x + b_gate) * (W_in x + b_in)) + b_out                (Eq. 17 - 21)
 
-    W_in, W_gate: (d_mlp, d_model); W_out: (d_model, d_mlp); biases may be None, as is W_gate of a
-    plain MLP. act, act_grad: phi, phi'. sites, filled by from_model: the language model's linear
-    maps, first those that read x, in the order of execution, last the one that writes y.
+    `sites` (filled by from_model): the language model's own linear maps, those that read x in the
+    order of execution, then the one that writes y.
     """
 
     def __init__(self, W_in, b_in, W_out, b_out, W_gate=None, b_gate=None, act=F.gelu):
         super().__init__()
         names = ("W_in", "b_in", "W_out", "b_out", "W_gate", "b_gate")
-        for name, tensor in zip(names, (W_in, b_in, W_out, b_out, W_gate, b_gate)):
-            if tensor is not None:  # a copy, in float32 or better
-                dtype = torch.promote_types(tensor.dtype, torch.float32)
-                tensor = tensor.detach().to(dtype, copy=True).contiguous()
-            self.register_buffer(name, tensor)
+        own = torch.promote_types(W_in.dtype, torch.float32)
+        for name, t in zip(names, (W_in, b_in, W_out, b_out, W_gate, b_gate)):
+            self.register_buffer(name, None if t is None else t.detach().to(own).clone())
         self.act, self.act_grad = with_derivative(act)
         self.sites = ()
 
     def forward(self, x):
-        """x (..., d_model) -> y (..., d_model)."""
-        h = F.linear(x, self.W_in, self.b_in)  # (..., d_mlp)
-        if self.W_gate is None:
-            return F.linear(self.act(h), self.W_out, self.b_out)
-        return F.linear(h * self.act(F.linear(x, self.W_gate, self.b_gate)), self.W_out, self.b_out)
+        return self.linearize(x)[0]
 
-    def derivative(self, x):
-        """[(c, W), ...] with df/dx = W_out . sum of diag(c) W; c (..., d_mlp), W (d_mlp, d_model).
+    def linearize(self, x):
+        """x (..., d_model) -> (y, [(c, W), ...]): df/dx = W_out . sum of diag(c) W, c (..., d_mlp).
 
         Plain: phi'(z), W_in (Eq. 12). Gated: h phi'(g), W_gate and phi(g), W_in (Eq. 22 to 28).
         """
-        h = F.linear(x, self.W_in, self.b_in)
+        h = F.linear(x, self.W_in, self.b_in)  # (..., d_mlp)
         if self.W_gate is None:
-            return [(self.act_grad(h), self.W_in)]
+            return F.linear(self.act(h), self.W_out, self.b_out), [(self.act_grad(h), self.W_in)]
         g = F.linear(x, self.W_gate, self.b_gate)
-        return [(h * self.act_grad(g), self.W_gate), (self.act(g), self.W_in)]
+        s = self.act(g)
+        y = F.linear(h * s, self.W_out, self.b_out)
+        return y, [(h * self.act_grad(g), self.W_gate), (s, self.W_in)]
 
     @classmethod
     def from_model(cls, model, layer: int) -> "MLP":
@@ -265,96 +244,85 @@ class MLP(nn.Module):
     @classmethod
     def from_module(cls, module) -> "MLP":
         """The MLP that module(x) computes. ValueError if it is not one dense MLP."""
-        W = next(
-            (weight_of(m) for m in module.modules() if isinstance(m, LINEAR)), torch.ones(1, 1)
-        )
-        x = torch.randn(2, 16, W.shape[1], generator=torch.Generator().manual_seed(0)).to(W)
+        W = [weight_of(m) for m in module.modules() if isinstance(m, LINEAR)] or [torch.ones(1, 1)]
+        x = torch.randn(2, 16, W[0].shape[1], generator=torch.Generator().manual_seed(0)).to(W[0])
         return find_mlp(module, partial(module, x), type(module).__name__)
 
 
-LINEAR = (nn.Linear, Conv1D)
-
-
-def weight_of(linear):
-    """(out, in), also of transformers' Conv1D, which stores the transpose."""
+def weight_of(linear):  # (out, in); transformers' Conv1D stores the transpose
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
 
-def declared_activations(block):
-    """(phi, phi') of the elementwise functions among the children and attributes in `block`."""
-    for module in block.modules():
-        leaf = [] if isinstance(module, LINEAR) or list(module.children()) else [module]
-        for function in filter(callable, [*leaf, *vars(module).values()]):
-            try:
-                yield with_derivative(function)
-            except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
-                continue  # something else than a function of one tensor
+def activations_of(modules):
+    """(phi, phi') of the elementwise functions among modules and their attributes; ACTIVATIONS."""
+    for function in [*modules, *(a for m in modules for a in vars(m).values() if callable(a))]:
+        try:
+            yield with_derivative(function)
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+            continue  # something else than a function of one tensor
+    yield from ACTIVATIONS
 
 
 @torch.no_grad()
 def find_mlp(block, run, where) -> MLP:
     """The MLP in `block`: two or three linear maps, children of one module, that run() calls.
 
-    Every reading (which map or half of a map is W_in, W_gate, W_out; which activation function is
-    phi) is tried on what entered and left the maps, and the one that reproduces it is returned.
+    Every reading (which map, or half of one, is which; which function is phi) is tried on what
+    entered and left the maps; the one that reproduces it is returned.
     """
     names = " ".join(f"{name} {type(m).__name__}" for name, m in block.named_modules()).lower()
     if "expert" in names or "moe" in names:
         raise InputError(f"{where} is a mixture of experts; expected one dense MLP")
-    seen, inside = {}, list(block.modules())  # seen: {linear map: (input, output)}
+    seen, inside, training = {}, list(block.modules()), block.training
 
     def observe(module, args, output):
-        if module in inside and isinstance(module, LINEAR):
-            seen[module] = args[0].clone(), output.clone()  # models add to these in place
+        if module in inside and isinstance(module, LINEAR):  # models may add to these in place
+            seen[module] = args[0].clone(), output.clone()
 
-    handle, training = nn.modules.module.register_module_forward_hook(observe), block.training
+    handle = nn.modules.module.register_module_forward_hook(observe)
     try:
         block.eval()
         run()
     finally:
         block.train(training)
         handle.remove()
-    activations = dict.fromkeys([*declared_activations(block), *ACTIVATIONS])
-    for (act, _), parent in itertools.product(activations, inside):
-        maps = [m for m in parent.children() if isinstance(m, LINEAR)]
+    others = [m for m in inside if m not in seen]
+    for (act, _), parent in itertools.product(dict.fromkeys(activations_of(others)), others):
+        maps = [m for m in parent.children() if m in seen]
         for *readers, down in itertools.permutations(maps) if len(maps) in (2, 3) else ():
             W_out, orders = weight_of(down), [[(weight_of(m), m.bias) for m in readers]]
-            if len(weight_of(readers[0])) == 2 * W_out.shape[1]:  # W_in and W_gate in one map
-                (W, b) = orders[0][0]
+            (W, b), *_ = orders[0]
+            if len(W) == 2 * W_out.shape[1]:  # W_in and W_gate, in either order, in one map
                 halves = list(zip(W.chunk(2), (None, None) if b is None else b.chunk(2)))
                 orders = [halves, halves[::-1]]
             for up, *gate in orders:
-                if any(W.T.shape != W_out.shape for W, _ in (up, *gate)) or not {*maps} <= {*seen}:
-                    continue
-                mlp = MLP(*up, W_out, down.bias, *(gate[0] if gate else ()), act=act)
-                mlp.sites = (*sorted(readers, key=list(seen).index), down)
-                x, y = seen[readers[0]][0].to(mlp.W_in.dtype), seen[down][1]
-                if (mlp(x) - y).norm() <= TOLERANCE[y.dtype] * y.norm():
-                    return mlp
-    raise InputError(
-        f"{where} has no MLP that two or three linear maps and an activation function reproduce; "
-        "expected one dense MLP, plain or gated"
-    )
+                if all(W.T.shape == W_out.shape for W, _ in (up, *gate)):
+                    mlp = MLP(*up, W_out, down.bias, *(gate[0] if gate else ()), act=act)
+                    mlp.sites = (*sorted(readers, key=list(seen).index), down)
+                    x, y = seen[readers[0]][0].to(mlp.W_in.dtype), seen[down][1]
+                    if (mlp(x) - y).norm() <= TOLERANCE[y.dtype] * y.norm():
+                        return mlp
+    raise InputError(f"{where} has no single dense MLP, plain or gated, that can be reproduced")
 
 
 # ---- The Jacobian (section 4.2, appendix A) ------------------------------------------------------
 def active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y):
     """J[..., i, j] = d s_y,i / d s_x,j of the active latents (..., k, k). Eq. 16; Eq. 29 if gated.
 
-    x (..., d_model) is where the MLP is linearised: the true input in the stable setup (D.1), x_hat
-    in the paper's literal f_s. s_x, s_y: Latents (..., k); rows and columns of latents that ReLU
-    switched off are 0. Differentiable in both SAEs' weights.
+    The MLP is linearised at x (..., d_model): the true input in the stable setup (D.1), x_hat in
+    the paper's literal f_s. Rows and columns of latents that ReLU switched off are 0.
     """
     left = sae_y.W_enc[s_y.idx] @ mlp.W_out  # (..., k, d_mlp)
-    right = sum(c.unsqueeze(-2) * (sae_x.W_dec[s_x.idx] @ W.T) for c, W in mlp.derivative(x))
+    right = sum(c.unsqueeze(-2) * (sae_x.W_dec[s_x.idx] @ W.T) for c, W in mlp.linearize(x)[1])
     return left @ right.mT * (s_y.acts > 0).unsqueeze(-1) * (s_x.acts > 0).unsqueeze(-2)
 
 
-# The same mathematics at the speed of the hardware: equal values and gradients (given the indices
-# that TopK chose), but nothing of size B x n_latents or B x k x d_mlp is kept for the backward.
+# The same at the speed of the hardware: equal values and gradients (given TopK's indices), but
+# nothing of size B x n_latents or B x k x d_mlp is kept for the backward pass.
 
 
-weighted_rows = partial(F.embedding_bag, mode="sum")  # (idx, W) -> sum of w[b, i] W[idx[b, i]]
+def weighted_rows(w, W, idx):  # sum_i w[b, i] W[idx[b, i]]: (B, d)
+    return F.embedding_bag(idx, W, per_sample_weights=w, mode="sum")
 
 
 class Encode(torch.autograd.Function):
@@ -370,9 +338,7 @@ class Encode(torch.autograd.Function):
         W, b = W.detach(), b.detach()
         idx = F.linear(x, W, b).topk(k).indices  # autocast, if on, rules this product alone
         w = torch.zeros_like(idx, dtype=W.dtype, requires_grad=True)
-        acts = F.relu(
-            torch.autograd.grad(weighted_rows(idx, W, per_sample_weights=w), w, x)[0] + b[idx]
-        )
+        acts = F.relu(torch.autograd.grad(weighted_rows(w, W, idx), w, x)[0] + b[idx])
         ctx.save_for_backward(x, W, acts, idx)
         ctx.mark_non_differentiable(idx)
         return acts, idx
@@ -383,20 +349,15 @@ class Encode(torch.autograd.Function):
         x, W, acts, idx = ctx.saved_tensors
         grad, W = (grad * (acts > 0)).detach(), W.detach().requires_grad_()
         grad_b = grad.new_zeros(len(W)).index_add_(0, idx.flatten(), grad.flatten())
-        return (
-            None,
-            torch.autograd.grad(weighted_rows(idx, W, per_sample_weights=grad), W, x)[0],
-            grad_b,
-            None,
-        )
+        return None, torch.autograd.grad(weighted_rows(grad, W, idx), W, x)[0], grad_b, None
 
 
 class JacobianL1(torch.autograd.Function):
-    """Sum of |J|, and its exact gradients from the same pass over chunks of tokens.
+    """Sum of |J| and its exact gradients, from one pass over chunks of tokens.
 
-    A token's J is left[i_y] (sum of c * right[i_x])^T (Eq. 16), with left = W_enc_y W_out and right
-    = W_dec_x W^T. The gradient of sum |J| is the matrix of signs, S: it adds S (sum of c *
-    right[i_x]) to the gradient of left[i_y], and c * (S^T left[i_y]) to that of right[i_x].
+    With left = W_enc_y W_out and right = W_dec_x W^T, a token's J is a d^T: a = left[K_2], d = sum
+    of c * right[K_1] (Eq. 16, 29). The gradient of sum |J| is the matrix of signs, S: it adds S d
+    to the gradient of left[K_2] and c * (S^T a) to that of right[K_1].
     """
 
     @staticmethod
@@ -420,43 +381,34 @@ class JacobianL1(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return (
-            None,
-            None,
-            None,
-            None,
-            *(grad.to(saved.dtype) * saved for saved in ctx.saved_tensors),
-        )
+        return None, None, None, None, *(grad.to(g.dtype) * g for g in ctx.saved_tensors)
 
 
 def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
-    """Eq. 5 in the stable setup of D.1: y = f(x), phi' at the true x, s_y = e_y(y).
+    """Eq. 5 in the stable setup of D.1: y = f(x), phi' at the true x, s_y = e_y(y). x (B, d_model).
 
-    x (B, d_model); jacobian_fraction: share of the tokens, drawn at random, in the Jacobian term.
     -> (loss, parts). parts, detached: mse_x, mse_y (means over all elements), Latents s_x, s_y, and
-    jacobian_l1, mean |J| over tokens and k x k without the coefficient (absent at coefficient 0).
-    Under torch.autocast its dtype serves the large products, the SAEs' own dtype all the rest.
+    jacobian_l1: mean |J| over k x k and a random share jacobian_fraction of the tokens, without the
+    coefficient (absent at 0). Under torch.autocast its dtype serves the large products only.
     """
     x, loss, parts = x.detach().to(sae_x.W_enc.dtype), 0.0, {}
     with torch.no_grad():
-        y = mlp(x).to(x.dtype)
-    for name, sae, v in (("x", sae_x, x), ("y", sae_y, y)):
+        y, derivative = mlp.linearize(x)
+    for name, sae, v in (("x", sae_x, x), ("y", sae_y, y.to(x.dtype))):
         acts, idx = Encode.apply(v, sae.W_enc, sae.b_enc, sae.k)
-        mse = F.mse_loss(weighted_rows(idx, sae.W_dec, per_sample_weights=acts) + sae.b_dec, v)
+        mse = F.mse_loss(weighted_rows(acts, sae.W_dec, idx) + sae.b_dec, v)
         loss = loss + mse
         parts |= {f"mse_{name}": mse.detach(), f"s_{name}": Latents(acts.detach(), idx)}
     if jacobian_coef:
         n = max(1, round(jacobian_fraction * len(x)))
         t = torch.randperm(len(x), device=x.device)[:n] if n < len(x) else slice(None)
-        s_x, s_y = (Latents(*(v[t] for v in parts[s])) for s in ("s_x", "s_y"))
-        with torch.no_grad():
-            derivative = mlp.derivative(x[t])
-        on = (s_y.acts > 0).unsqueeze(2) & (s_x.acts > 0).unsqueeze(1)  # (B, k, k)
-        rows_y, i_y = s_y.idx.unique(return_inverse=True)  # only the rows active in this batch
-        rows_x, i_x = s_x.idx.unique(return_inverse=True)
+        (acts_x, idx_x), (acts_y, idx_y) = ((v[t] for v in parts[s]) for s in ("s_x", "s_y"))
+        on = (acts_y > 0).unsqueeze(2) & (acts_x > 0).unsqueeze(1)  # (B, k, k)
+        rows_y, i_y = idx_y.unique(return_inverse=True)  # only the rows active in this batch
+        rows_x, i_x = idx_x.unique(return_inverse=True)
         left = F.linear(sae_y.W_enc.index_select(0, rows_y), mlp.W_out.T)  # (active, d_mlp)
         rights = [F.linear(sae_x.W_dec.index_select(0, rows_x), W) for _, W in derivative]
-        cs = [c.to(left.dtype).unsqueeze(1) for c, _ in derivative]  # (B, 1, d_mlp)
+        cs = [c[t].to(left.dtype).unsqueeze(1) for c, _ in derivative]  # (B, 1, d_mlp)
         total = JacobianL1.apply(on.to(x.dtype), i_y, i_x, cs, left, *rights)
         parts["jacobian_l1"] = total.detach() / on.numel()
         loss = loss + jacobian_coef / on.numel() * total
@@ -465,11 +417,8 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
 
 # ---- Language model and text ---------------------------------------------------------------------
 def load_language_model(config, device):
-    """-> (model in float32, frozen; tokenizer, or None where there is none).
-
-    The control of section 5.3, drawn on the CPU from the seed: `init` re-draws every parameter as
-    the model's own initialiser does, `shuffle` permutes every parameter's entries.
-    """
+    """-> (model in float32, frozen; tokenizer or None). The control of section 5.3, from the seed:
+    init re-draws every parameter as the model's own initialiser does, shuffle permutes each."""
     beside, load = HERE / config.model, transformers.AutoModelForCausalLM
     folder = str(beside if beside.exists() and not Path(config.model).exists() else config.model)
     try:
@@ -480,22 +429,15 @@ def load_language_model(config, device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError):
         tokenizer = None  # enough for text that comes as token ids
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(config.seed)
-        if config.randomize_weights == "init":
-            model = load.from_config(model.config, dtype=torch.float32)
-        for p in model.parameters() if config.randomize_weights == "shuffle" else ():
-            p.copy_(p.flatten()[torch.randperm(p.numel())].view_as(p))
+    torch.manual_seed(config.seed)
+    if config.randomize_weights == "init":
+        model = load.from_config(model.config, dtype=torch.float32)
+    for p in model.parameters() if config.randomize_weights == "shuffle" else ():
+        p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
-ENDINGS = {
-    ".txt": "text",
-    ".jsonl": "json",
-    ".zst": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
+KINDS = {".txt": "text", ".jsonl": "json", ".zst": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 
 def load_documents(dataset, split):
@@ -503,18 +445,18 @@ def load_documents(dataset, split):
     path = Path(dataset)
     if dataset == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        paths = [p.relative_to(root).as_posix() for p in root.rglob("*.py")]
-        paths = [p for p in paths if not {"site-packages", "dist-packages"} & set(p.split("/"))]
-        paths.sort(key=lambda p: (zlib.crc32(p.encode()), p))  # mixes the subjects
-        return [{"path": p, "text": (root / p).read_text("utf-8", "replace")} for p in paths], True
-    if not path.exists() and path.suffix not in ENDINGS:
+        names = [p.relative_to(root).as_posix() for p in root.rglob("*.py")]
+        names = [n for n in names if not {"site-packages", "dist-packages"} & set(n.split("/"))]
+        names.sort(key=lambda n: zlib.crc32(n.encode()))  # mixes the subjects
+        return [{"path": n, "text": (root / n).read_text("utf-8", "replace")} for n in names], True
+    if not path.exists() and path.suffix not in KINDS:
         name, _, subset = dataset.partition(":")
         return datasets.load_dataset(name, subset or None, split=split, streaming=True), False
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [str(p) for p in files if p.suffix in ENDINGS]
-    kinds = {ENDINGS[Path(f).suffix] for f in files}
+    files = [str(p) for p in files if p.suffix in KINDS]
+    kinds = {KINDS[Path(f).suffix] for f in files}
     if len(kinds) != 1:
-        raise InputError(f"expected files that end in one of {', '.join(ENDINGS)}")
+        raise InputError(f"expected files that end in one of {', '.join(KINDS)}")
     options = {"data_files": files, "split": "train", "streaming": True}
     options |= {"sample_by": "document", "encoding_errors": "replace"} if "text" in kinds else {}
     return datasets.load_dataset(*kinds, **options), True
@@ -526,13 +468,12 @@ def pack(documents, tokenizer, model, context_size):
     bos, end = ([] if i is None else [i] for i in (special.bos_token_id, special.eos_token_id))
     bos, stream, documents = bos or end, np.empty(0, dtype=np.int64), iter(documents)
     while batch := list(itertools.islice(documents, 64)):
-        if tokenizer and "text" in batch[0]:
-            texts = [document["text"] or "" for document in batch]
-            ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        elif "input_ids" in batch[0]:
-            ids = [document["input_ids"] for document in batch]
-        else:
+        column = "text" if tokenizer and "text" in batch[0] else "input_ids"
+        if column not in batch[0]:
             raise InputError(f"columns {[*batch[0]]}; expected input_ids, or text and a tokenizer")
+        ids = [document[column] or "" for document in batch]
+        if column == "text":
+            ids = tokenizer(ids, add_special_tokens=False, verbose=False).input_ids
         stream = np.concatenate([stream, *(np.array([*i, *end], dtype=np.int64) for i in ids)])
         if len(stream) and not 0 <= stream.min() <= stream.max() < vocabulary:
             raise InputError(f"token ids up to {stream.max()}; expected 0 to {vocabulary - 1}")
@@ -542,11 +483,10 @@ def pack(documents, tokenizer, model, context_size):
 
 
 def token_contexts(config, model, tokenizer, context_size, held_out=False):
-    """Yield the contexts of the training text, or of the held-out text.
+    """Yield the contexts of the training text or of the held-out text; local training text repeats.
 
-    Local text keeps 5 % for evaluation: the documents whose crc32 (of the path in stdlib, else of
-    the text) is 0 modulo 20, or the last contexts where that leaves one side empty. Local training
-    text starts again when it ends.
+    Local text holds out the documents whose crc32 (of the path in stdlib, else of the text) is 0
+    modulo 20, or the last 5 % of the contexts where that leaves one side empty.
     """
 
     def is_held_out(document):
@@ -566,30 +506,26 @@ def token_contexts(config, model, tokenizer, context_size, held_out=False):
                 contexts = contexts[cut:] if held_out else contexts[:cut]
             for n, context in enumerate(contexts, 1):
                 yield context
-            if n * context_size < config.batch_size:
+            if not held_out and n * context_size < config.batch_size:
                 raise InputError(f"{n * context_size} tokens; one batch needs {config.batch_size}")
-            tqdm.write(f"{config.dataset} has ended after {n:,} contexts", sys.stderr)
+            tqdm.write(f"{config.dataset} ended after {n:,} contexts", sys.stderr)
     except Exception as error:  # of any library that reads text
         raise InputError(f"--dataset {config.dataset}: {error}") from error
 
 
 # ---- Activations ---------------------------------------------------------------------------------
-class LeaveForwardPass(Exception):
-    """Raised by a hook once the MLP's input is known."""
-
-
 @torch.no_grad()
 def mlp_inputs(model, mlp, ids):
     """Token ids (contexts, T) -> x (contexts, T, d_model). Leaves the forward pass at the MLP."""
 
     def leave(_, args):
-        raise LeaveForwardPass(args[0])
+        raise StopIteration(args[0])
 
     handle = mlp.sites[0].register_forward_pre_hook(leave)
     try:
         model(input_ids=ids, use_cache=False)
-    except LeaveForwardPass as left:
-        return left.args[0].reshape(*ids.shape, -1)
+    except StopIteration as stop:
+        return stop.value.reshape(*ids.shape, -1)
     finally:
         handle.remove()
 
@@ -623,35 +559,27 @@ def measure(sae_x, sae_y, mlp, x, parts):
     """Reconstruction on a batch; mean |J| and the number of |J| > 0.01 per token on 512 of it."""
     s_x, s_y = (Latents(*(v[:512] for v in parts[s])) for s in ("s_x", "s_y"))
     J = active_jacobian(sae_x, sae_y, mlp, x[:512], s_x, s_y).abs()
-    values = {
-        "jacobian_l1": J.mean().item(),
-        "jacobian_above_0.01": (J > 0.01).sum().item() / len(J),
-    }
+    above = (J > 0.01).sum((1, 2)).float()
+    row = {"jacobian_l1": J.mean().item(), "jacobian_above_0.01": above.mean().item()}
     for s, v in (("x", x), ("y", mlp(x))):
-        mse = values[f"mse_{s}"] = parts[f"mse_{s}"].item()
-        values[f"ev_{s}"] = 1 - mse / (v - v.mean(0)).square().mean().item()
-    return values
+        row[f"mse_{s}"] = parts[f"mse_{s}"].item()
+        row[f"ev_{s}"] = 1 - row[f"mse_{s}"] / (v - v.mean(0)).square().mean().item()
+    return row
 
 
 def train(config: Config) -> Path:
     """Train a pair of SAEs and write the run directory, whose path is returned.
 
-    Adam; lr warmed up over 1 % of the steps and brought to 0 over the last 20 %; lambda warmed up
-    over 5 %; both SAEs' gradients clipped together to norm 1; decoder rows kept at norm 1.
-    InputError if a setting cannot be used, the text ends or a number breaks; what was trained until
-    then is saved in checkpoint/.
+    lr is warmed up over 1 % of the steps and brought to 0 over the last 20 %, lambda warmed up over
+    5 %. InputError if a setting cannot be used, the text ends or a number breaks; what was trained
+    until then is saved in checkpoint/.
     """
+    check_run_dir(config.run_dir, config.overwrite)
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not available; expected cpu or cuda") from error
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise InputError(f"--device {device} is not available here; expected cpu or cuda")
     low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.startswith("cuda"))
     autocast = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=low)
-    check_run_dir(config)
-    steps, batch, dataset = config.tokens // config.batch_size, config.batch_size, config.dataset
-    if steps == 0:
-        raise InputError(f"--tokens is {config.tokens}; expected at least one batch, {batch}")
     model, tokenizer = load_language_model(config, device)
     mlp = MLP.from_model(model, config.layer)
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -659,22 +587,20 @@ def train(config: Config) -> Path:
     if context_size < config.context_size:
         tqdm.write(f"contexts are clamped to {longest} tokens, the model's maximum", sys.stderr)
     contexts = token_contexts(config, model, tokenizer, context_size)
+    batch, steps, step = config.batch_size, config.tokens // config.batch_size, 0
     batches = activation_batches(config, model, mlp, contexts, steps, autocast)
-    first = next(batches, None)  # nothing is written before it is known that the data can be read
-    if first is None:
-        raise InputError(f"--dataset {dataset} ended before one batch of {batch} tokens was full")
 
     torch.manual_seed(config.seed)
-    sizes = first.shape[1], config.expansion_factor * first.shape[1], config.k
-    sae_x, sae_y = saes = TopKSAE(*sizes).to(device), TopKSAE(*sizes).to(device)
+    sizes = mlp.W_in.shape[1], config.expansion_factor * mlp.W_in.shape[1], config.k
+    saes = TopKSAE(*sizes).to(device), TopKSAE(*sizes).to(device)
     parameters = [p for sae in saes for p in sae.parameters()]
     adam = torch.optim.Adam(parameters, fused=True)
     seen_at = torch.zeros(2, sizes[1], dtype=torch.long, device=device)  # tokens, per latent
-    info = start_run(config, model, mlp, tokenizer, context_size)
-    step, start, log_every = 0, time.perf_counter(), max(1, min(50, steps // 20))
     bar = tqdm(total=steps * batch, unit="tok", unit_scale=True)
     try:
-        for step, x in enumerate(itertools.chain([first], batches), 1):
+        for step, x in enumerate(batches, 1):
+            if step == 1:  # nothing is written before it is known that the data can be read
+                info, start = start_run(config, model, mlp, tokenizer, context_size), time.time()
             coef = config.jacobian_coef * min(1, step / (0.05 * steps))
             lr = config.lr * min(1, step / (0.01 * steps), (steps - step + 1) / (0.2 * steps))
             adam.param_groups[0]["lr"] = lr
@@ -690,21 +616,22 @@ def train(config: Config) -> Path:
                 sae.W_dec.data = F.normalize(sae.W_dec.data)
                 at[idx[acts > 0]] = step * batch
             bar.update(batch)
-            if step % log_every == 0 or step == steps:
-                row = {"step": step, "tokens": step * batch, "lr": lr, "coef": coef}
-                shown = measure(*saes, mlp, x, parts)
+            if step % max(1, min(50, steps // 20)) == 0 or step == steps:
+                row = measure(*saes, mlp, x, parts)
                 dead = (seen_at <= max(0, step * batch - 10_000_000)).sum(1).tolist()
-                shown |= {"dead_x": dead[0], "dead_y": dead[1]}
-                bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
-                seconds = time.perf_counter() - start
-                row |= shown | {"seconds": seconds, "tokens_per_second": step * batch / seconds}
+                row |= dict(zip(("dead_x", "dead_y"), dead))
+                bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
+                row |= {"step": step, "tokens": step * batch, "lr": lr, "coef": coef}
+                row |= {"seconds": time.time() - start, "grad_norm": norm.item()}
+                row["tokens_per_second"] = row["tokens"] / row["seconds"]
                 with open(config.run_dir / "metrics.jsonl", "a") as log:
                     log.write(json.dumps(row) + "\n")
-        if step < steps:
-            raise InputError(f"--dataset {dataset} ended")
+        if step < max(1, steps):
+            raise InputError(f"{config.dataset} gave {step} of {config.tokens / batch:g} batches")
     except InputError as error:
-        save_pair(config.run_dir / "checkpoint", saes, info)
-        raise InputError(f"{error}; stopped at step {step}, weights are in checkpoint/") from error
+        if step:
+            save_pair(config.run_dir / "checkpoint", saes, info)
+        raise InputError(f"step {step}: {error} (last good weights: checkpoint/)") from error
     finally:
         bar.close()
     save_pair(config.run_dir, saes, info)
@@ -712,16 +639,13 @@ def train(config: Config) -> Path:
 
 
 # ---- Run directories -----------------------------------------------------------------------------
-def check_run_dir(config):
-    """InputError unless the run may be written to its folder."""
-    folder = config.run_dir
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output-dir {folder} is a file; expected a folder")
-    if folder.exists() and any(folder.iterdir()):
-        if not all((folder / name).exists() for name in ("config.json", "metrics.jsonl")):
-            raise InputError(f"--output-dir {folder} holds other files; expected an empty folder")
-        if not config.overwrite:
-            raise InputError(f"{folder} holds a run; --overwrite replaces it, --output-dir moves")
+def check_run_dir(folder, overwrite):
+    """InputError unless a run may be written to the folder."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or (held and not {"config.json", "metrics.jsonl"} <= held):
+        raise InputError(f"--output-dir {folder} is a file or holds other files than a run's")
+    if held and not overwrite:
+        raise InputError(f"{folder} holds a run; --overwrite replaces it, --output-dir moves")
 
 
 def start_run(config, model, mlp, tokenizer, context_size):
@@ -758,9 +682,8 @@ def save_pair(folder, saes, info):
         tensors["W_enc"] = tensors["W_enc"].T.contiguous()  # SAELens keeps it as (d_in, d_sae)
         cfg = {"architecture": "topk", "d_in": sae.d_model, "d_sae": sae.n_latents, "k": sae.k}
         cfg |= {"normalize_activations": "none", "reshape_activations": "none", "device": "cpu"}
-        cfg |= {"dtype": "float32", "rescale_acts_by_decoder_norm": False}
-        cfg |= {"apply_b_dec_to_input": False}
-        cfg["metadata"] = metadata | {"hook_name": info["sites"][s]}
+        cfg |= dict.fromkeys(("rescale_acts_by_decoder_norm", "apply_b_dec_to_input"), False)
+        cfg |= {"dtype": "float32", "metadata": metadata | {"hook_name": info["sites"][s]}}
         target, temporary = folder / f"sae_{s}", folder / f"sae_{s}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         write_file(temporary / "cfg.json", json.dumps(cfg, indent=2).encode())
@@ -786,34 +709,24 @@ def load_run(path_or_hub_id):
 
 
 # ---- Command line --------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
+def main(argv=None) -> int:
+    """-> exit status: 0, 2 after one line about what was given, 130 after Ctrl-C."""
+
+    def refuse(message):
         raise InputError(message)
 
-
-def parse(argv) -> Config:
-    """Flags made of Config's fields; without --model, DEMO stands in for the defaults."""
-    parser = Parser("jsae.py", description="Train a pair of Jacobian SAEs.", allow_abbrev=False)
-    for f in dataclasses.fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        kind |= {"help": f.metadata["help"], "default": argparse.SUPPRESS}
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind)
-    given = vars(parser.parse_args(argv))
-    if "model" in given:
-        return Config(**given)
-    if not (HERE / DEMO["model"]).is_dir():
-        raise InputError(
-            f"the bundled model {DEMO['model']} is not beside jsae.py; name a model, for example "
-            "--model EleutherAI/pythia-70m --layer 3"
-        )
-    print("demo settings:", ", ".join(f"{name} {value}" for name, value in DEMO.items()))
-    return Config(**DEMO | given)
-
-
-def exit_status(job) -> int:
-    """Run job(): 0, or 2 and one line on stderr for what was given wrong, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = transformers.HfArgumentParser(Config, prog="jsae.py", allow_abbrev=False)
+    parser.error = refuse
     try:
-        job()
+        if not any(argument.split("=")[0] == "--model" for argument in argv):
+            if not (HERE / DEMO["model"]).is_dir():
+                example = "--model EleutherAI/pythia-70m --layer 3"
+                refuse(f"{DEMO['model']} is not beside jsae.py; name a model, as in {example}")
+            print("demo settings:", ", ".join(f"{name} {value}" for name, value in DEMO.items()))
+            parser.set_defaults(**DEMO)
+        config = Config(**vars(parser.parse_args(argv)))
+        run_dir = train(config)
     except (InputError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -821,22 +734,14 @@ def exit_status(job) -> int:
         return 130
     except SystemExit as stop:  # argparse's, after --help
         return stop.code or 0
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    print(f"explained variance     x {last['ev_x']:.4f}, y {last['ev_y']:.4f}")
+    print(f"|J| > 0.01 per token   {last['jacobian_above_0.01']:.1f} of {config.k**2}")
+    print(f"tokens per second      {last['tokens_per_second']:,.0f}")
+    print(f"written to             {run_dir}")
+    if (HERE / "evaluate.py").exists():
+        print(f"evaluate it with       python {HERE / 'evaluate.py'} {run_dir}")
     return 0
-
-
-def main(argv=None) -> int:
-    def job():
-        config = parse(argv)
-        run_dir = train(config)
-        last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-        print(f"explained variance     x {last['ev_x']:.4f}, y {last['ev_y']:.4f}")
-        print(f"|J| > 0.01 per token   {last['jacobian_above_0.01']:.1f} of {config.k**2}")
-        print(f"tokens per second      {last['tokens_per_second']:,.0f}")
-        print(f"written to             {run_dir}")
-        if (HERE / "evaluate.py").exists():
-            print(f"evaluate it with       python {HERE / 'evaluate.py'} {run_dir}")
-
-    return exit_status(job)
 
 
 if __name__ == "__main__":

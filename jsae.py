@@ -3,7 +3,6 @@
 # dependencies = ["torch>=2.6", "transformers>=4.56", "datasets>=3.0", "numpy", "zstandard"]
 # ///
 """Jacobian Sparse Autoencoders (JSAEs): the reference implementation, in one file.
-
 Farnik et al.: Jacobian Sparse Autoencoders: Sparsify Computations, Not Just Activations. ICML 2025,
 arXiv 2502.18147. Two TopK autoencoders, on the input x and the output y of a transformer's MLP f,
 are trained so that their latents are sparse and so is the Jacobian J of the map f_s between them.
@@ -29,16 +28,15 @@ keep unit norm, the first token of a context is left out. The README gives them 
 
 import dataclasses
 import hashlib
-import itertools
 import json
-import math
 import os
 import shutil
 import sys
-import sysconfig
 import time
 import zlib
+from contextlib import suppress
 from functools import partial
+from itertools import count, groupby, islice, permutations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,11 +47,10 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
-
-HERE = Path(__file__).resolve().parent
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 
 class InputError(ValueError):
@@ -61,62 +58,56 @@ class InputError(ValueError):
 
 
 # ---- Configuration -------------------------------------------------------------------------------
-def option(default, help, allowed=lambda value: True, expected=""):
-    meta = {"help": help, "allowed": allowed, "expected": expected}
-    return dataclasses.field(default=default, metadata=meta)
-
-
-COUNT = (lambda v: isinstance(v, int) and v >= 1, "a positive whole number")
-INDEX = (lambda v: isinstance(v, int) and v >= 0, "a whole number from 0 up")
-CONTEXT = (lambda v: isinstance(v, int) and v >= 2, "2 or more: the first token is left out")
-RATE = (lambda v: math.isfinite(v) and v > 0, "a finite number above 0")
-COEFFICIENT = (lambda v: math.isfinite(v) and v >= 0, "a finite number, 0 or more")
-SHARE = (lambda v: 0 < v <= 1, "a number above 0, at most 1")
-CONTROL = (("none", "init", "shuffle").__contains__, "none, init or shuffle")
-DTYPE = (("auto", "float32", "bfloat16").__contains__, "auto, float32 or bfloat16")
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A run's settings, saved with it. The defaults are the paper's for Pythia-70m, layer 3."""
 
-    model: str = option("EleutherAI/pythia-70m", "Hugging Face id or folder of a causal LM")
-    layer: int = option(3, "layer whose MLP is decomposed, counted from 0", *INDEX)
-    dataset: str = option("monology/pile-uncopyrighted", "hub NAME[:CONFIG], path, or stdlib")
-    split: str = option("train", "split of a hub data set")
-    tokens: int = option(300_000_000, "training tokens, rounded down to whole batches", *COUNT)
-    k: int = option(32, "active latents per token, in both SAEs", *COUNT)
-    expansion_factor: int = option(32, "R: latents of an SAE per dimension of x", *COUNT)
-    jacobian_coef: float = option(1.0, "lambda; 0 trains traditional SAEs", *COEFFICIENT)
-    jacobian_fraction: float = option(1.0, "share of tokens in the Jacobian term", *SHARE)
-    lr: float = option(5e-4, "Adam's learning rate", *RATE)
-    batch_size: int = option(4096, "tokens per training step", *COUNT)
-    context_size: int = option(2048, "tokens per context, at most the model's", *CONTEXT)
-    buffer_batches: int = option(32, "batches of activations shuffled together", *COUNT)
-    keep_first_token: bool = option(False, "do not leave out the first token of a context")
-    randomize_weights: str = option("none", "random control: none, init or shuffle", *CONTROL)
-    seed: int = option(0, "of the SAEs, the shuffling and the random control", *INDEX)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = option("auto", "of large products; auto: bfloat16 on CUDA, else float32", *DTYPE)
-    output_dir: str = option("", "the run's folder; default: in runs/, named by the settings")
-    overwrite: bool = option(False, "replace the run that the folder holds")
+    model: str = HfArg(default="EleutherAI/pythia-70m", help="hub id or folder of a causal LM")
+    layer: int = HfArg(default=3, help="layer whose MLP is decomposed, counted from 0")
+    dataset: str = HfArg(default="monology/pile-uncopyrighted", help="NAME[:CONFIG], path, stdlib")
+    split: str = HfArg(default="train", help="split of a hub data set")
+    tokens: int = HfArg(default=300_000_000, help="training tokens, rounded down to whole batches")
+    k: int = HfArg(default=32, help="active latents per token, in both SAEs")
+    expansion_factor: int = HfArg(default=32, help="R: latents of an SAE per dimension of x")
+    jacobian_coef: float = HfArg(default=1.0, help="lambda; 0 trains traditional SAEs")
+    jacobian_fraction: float = HfArg(default=1.0, help="share of tokens in the Jacobian term")
+    lr: float = HfArg(default=5e-4, help="Adam's learning rate")
+    batch_size: int = HfArg(default=4096, help="tokens per training step")
+    context_size: int = HfArg(default=2048, help="tokens per context, at most the model's")
+    buffer_batches: int = HfArg(default=32, help="batches of activations shuffled together")
+    keep_first_token: bool = HfArg(default=False, help="do not leave out contexts' first token")
+    randomize_weights: str = HfArg(default="none", help="random control: none, init or shuffle")
+    seed: int = HfArg(default=0, help="of the SAEs, the shuffling and the random control")
+    device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    dtype: str = HfArg(default="auto", help="large products; auto: bfloat16 on CUDA, else float32")
+    output_dir: str = HfArg(default="", help="the run's folder; default: in runs/, by settings")
+    overwrite: bool = HfArg(default=False, help="replace the run that the folder holds")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, meta = getattr(self, field.name), field.metadata
-            if not meta["allowed"](value):
-                flag = "--" + field.name.replace("_", "-")
-                raise InputError(f"{flag} is {value!r}; expected {meta['expected']}")
+        least, control = {"layer": 0, "seed": 0, "context_size": 2}, self.randomize_weights
+        rules = {
+            "lr": (0 < self.lr < torch.inf, "a finite number above 0"),
+            "jacobian_coef": (0 <= self.jacobian_coef < torch.inf, "a finite number, 0 or more"),
+            "jacobian_fraction": (0 < self.jacobian_fraction <= 1, "a number above 0, at most 1"),
+            "randomize_weights": (control in ("none", "init", "shuffle"), "none, init or shuffle"),
+            "dtype": (self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
+        }
+        for name, kind in Config.__annotations__.items():
+            value, low = getattr(self, name), least.get(name, 1)
+            whole = isinstance(value, int) and value >= low, f"a whole number, {low} or more"
+            fine, expected = whole if kind is int else rules.get(name, (True, ""))
+            if not fine:
+                raise InputError(f"--{name.replace('_', '-')} is {value!r}; expected {expected}")
 
     @property
     def run_dir(self) -> Path:
         """output_dir, or a folder in runs/ named after the settings that studies vary."""
-        control = "" if self.randomize_weights == "none" else f"-{self.randomize_weights}"
         name = f"{Path(self.model).name}-L{self.layer}-R{self.expansion_factor}-k{self.k}"
-        name += f"-lambda{self.jacobian_coef:g}{control}-seed{self.seed}"
-        return Path(self.output_dir or Path("runs") / name)
+        end = f"{self.randomize_weights}-seed{self.seed}".removeprefix("none-")
+        return Path(self.output_dir or f"runs/{name}-lambda{self.jacobian_coef:g}-{end}")
 
 
+HERE = Path(__file__).resolve().parent
 # Without --model: two to three minutes on two cores. Any flag given still wins.
 DEMO = {"model": "assets/tiny-pythia", "layer": 1, "dataset": "stdlib", "context_size": 256}
 DEMO |= {"tokens": 3_000_000, "k": 16, "expansion_factor": 8}
@@ -151,29 +142,28 @@ class TopKSAE(nn.Module):
 
     def decode(self, latents):
         """Latents (..., k) -> x_hat (..., d_model). Eq. 2."""
-        acts, idx = latents
-        return (acts.unsqueeze(-2) @ self.W_dec[idx]).squeeze(-2) + self.b_dec
+        return (latents.acts.unsqueeze(-2) @ self.W_dec[latents.idx]).squeeze(-2) + self.b_dec
 
     def forward(self, x):
         return self.decode(self.encode(x))
 
 
 # ---- The MLP and its derivative ------------------------------------------------------------------
-def tanh_gelu_grad(z):  # gelu(z) = z sigmoid(u)
-    c = math.sqrt(8 / math.pi)
-    u = c * (z + 0.044715 * z**3)
-    return torch.sigmoid(u) * (1 + z * torch.sigmoid(-u) * c * (1 + 3 * 0.044715 * z * z))
-
-
-sig = torch.sigmoid
+LINEAR = (nn.Linear, transformers.Conv1D)
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+tanh_gelu, C = partial(F.gelu, approximate="tanh"), (8 / torch.pi) ** 0.5
 ACTIVATIONS = (  # (phi, phi')
-    (F.gelu, lambda z: torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / math.sqrt(math.tau)),
-    (partial(F.gelu, approximate="tanh"), tanh_gelu_grad),
-    (lambda z: z * sig(1.702 * z), lambda z: sig(1.702 * z) * (1 + 1.702 * z * sig(-1.702 * z))),
-    (F.silu, lambda z: sig(z) * (1 + z * sig(-z))),
+    (F.gelu, lambda z: torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / (2 * torch.pi) ** 0.5),
+    (tanh_gelu, lambda z: swish_grad(z, C * (z + 0.044715 * z**3), C * (1 + 0.134145 * z * z))),
+    (lambda z: z * torch.sigmoid(1.702 * z), lambda z: swish_grad(z, 1.702 * z, 1.702)),
+    (F.silu, lambda z: swish_grad(z, z, 1)),
     (F.relu, lambda z: (z > 0).to(z.dtype)),
     (lambda z: F.relu(z) ** 2, lambda z: 2 * F.relu(z)),
 )
+
+
+def swish_grad(z, u, du):  # d/dz of z sigmoid(u), where du = du/dz
+    return torch.sigmoid(u) * (1 + z * torch.sigmoid(-u) * du)
 
 
 def with_derivative(act):
@@ -189,87 +179,63 @@ def with_derivative(act):
     return partial(act), lambda z: torch.func.vjp(act, z)[1](torch.ones_like(z))[0]
 
 
-# Largest relative error at which a model's own MLP counts as reproduced.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-LINEAR = (nn.Linear, Conv1D)
-
-
 class MLP(nn.Module):
     """The frozen weights of one transformer MLP, biases or None. W_gate is None in a plain one.
-
     plain: y = W_out phi(W_in x + b_in) + b_out                                              (Eq. 8)
     gated: y = W_out (phi(W_gate x + b_gate) * (W_in x + b_in)) + b_out                (Eq. 17 - 21)
-
-    `sites` (filled by from_model): the language model's own linear maps, those that read x in the
-    order of execution, then the one that writes y.
-    """
+    sites (from_model): the model's maps that read x, in order of execution, then the one to y."""
 
     def __init__(self, W_in, b_in, W_out, b_out, W_gate=None, b_gate=None, act=F.gelu):
         super().__init__()
         names = ("W_in", "b_in", "W_out", "b_out", "W_gate", "b_gate")
-        own = torch.promote_types(W_in.dtype, torch.float32)
+        self.sites, own = (), torch.promote_types(W_in.dtype, torch.float32)
         for name, t in zip(names, (W_in, b_in, W_out, b_out, W_gate, b_gate)):
             self.register_buffer(name, None if t is None else t.detach().to(own).clone())
         self.act, self.act_grad = with_derivative(act)
-        self.sites = ()
 
     def forward(self, x):
         return self.linearize(x)[0]
 
     def linearize(self, x):
         """x (..., d_model) -> (y, [(c, W), ...]): df/dx = W_out . sum of diag(c) W, c (..., d_mlp).
-
-        Plain: phi'(z), W_in (Eq. 12). Gated: h phi'(g), W_gate and phi(g), W_in (Eq. 22 to 28).
-        """
+        Plain: phi'(z), W_in (Eq. 12). Gated: h phi'(g), W_gate and phi(g), W_in (Eq. 22 to 28)."""
         h = F.linear(x, self.W_in, self.b_in)  # (..., d_mlp)
         if self.W_gate is None:
             return F.linear(self.act(h), self.W_out, self.b_out), [(self.act_grad(h), self.W_in)]
         g = F.linear(x, self.W_gate, self.b_gate)
-        s = self.act(g)
-        y = F.linear(h * s, self.W_out, self.b_out)
-        return y, [(h * self.act_grad(g), self.W_gate), (s, self.W_in)]
+        s, ds = self.act(g), self.act_grad(g)
+        return F.linear(h * s, self.W_out, self.b_out), [(h * ds, self.W_gate), (s, self.W_in)]
 
     @classmethod
     def from_model(cls, model, layer: int) -> "MLP":
         """The MLP of one layer of a transformers causal LM. ValueError if it has no dense one."""
         n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-        name, vocabulary = type(model).__name__, model.get_input_embeddings().weight.shape[0]
+        where = f"layer {layer} of {type(model).__name__}"
         if not lists or not 0 <= layer < n_layers:
-            raise InputError(f"--layer is {layer}; {name} has layers 0 to {n_layers - 1}")
-        ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-        run = partial(model, input_ids=ids.to(model.device), use_cache=False)
-        return find_mlp(lists[0][layer], run, f"layer {layer} of {name}")
+            raise InputError(f"there is no {where}; --layer takes 0 to {n_layers - 1}")
+        ids = model.dummy_inputs["input_ids"].to(model.device)
+        return find_mlp(lists[0][layer], partial(model, input_ids=ids, use_cache=False), where)
 
     @classmethod
     def from_module(cls, module) -> "MLP":
         """The MLP that module(x) computes. ValueError if it is not one dense MLP."""
-        W = [weight_of(m) for m in module.modules() if isinstance(m, LINEAR)] or [torch.ones(1, 1)]
+        W = [weight_of(m) for m in module.modules() if isinstance(m, LINEAR)]
+        if not W:
+            raise InputError(f"{type(module).__name__} has no linear map; expected a dense MLP")
         x = torch.randn(2, 16, W[0].shape[1], generator=torch.Generator().manual_seed(0)).to(W[0])
         return find_mlp(module, partial(module, x), type(module).__name__)
 
 
 def weight_of(linear):  # (out, in); transformers' Conv1D stores the transpose
-    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
-
-
-def activations_of(modules):
-    """(phi, phi') of the elementwise functions among modules and their attributes; ACTIVATIONS."""
-    for function in [*modules, *(a for m in modules for a in vars(m).values() if callable(a))]:
-        try:
-            yield with_derivative(function)
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
-            continue  # something else than a function of one tensor
-    yield from ACTIVATIONS
+    return linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
 
 
 @torch.no_grad()
 def find_mlp(block, run, where) -> MLP:
-    """The MLP in `block`: two or three linear maps, children of one module, that run() calls.
-
-    Every reading (which map, or half of one, is which; which function is phi) is tried on what
-    entered and left the maps; the one that reproduces it is returned.
-    """
+    """The MLP in `block`: two or three linear maps, children of one module, that run() calls. Every
+    reading (which map, or half of one, is which; which function is phi) is tried on what entered
+    and left the maps; the one that reproduces it is returned."""
     names = " ".join(f"{name} {type(m).__name__}" for name, m in block.named_modules()).lower()
     if "expert" in names or "moe" in names:
         raise InputError(f"{where} is a mixture of experts; expected one dense MLP")
@@ -279,20 +245,22 @@ def find_mlp(block, run, where) -> MLP:
         if module in inside and isinstance(module, LINEAR):  # models may add to these in place
             seen[module] = args[0].clone(), output.clone()
 
-    handle = nn.modules.module.register_module_forward_hook(observe)
-    try:
+    with nn.modules.module.register_module_forward_hook(observe):
         block.eval()
         run()
-    finally:
-        block.train(training)
-        handle.remove()
-    others = [m for m in inside if m not in seen]
-    for (act, _), parent in itertools.product(dict.fromkeys(activations_of(others)), others):
+    block.train(training)
+    others, acts = [m for m in inside if m not in seen], {}
+    for f in [f for m in others for f in (m, *vars(m).values())] + [phi for phi, _ in ACTIVATIONS]:
+        with suppress(TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+            acts[with_derivative(f)[0]] = None  # f is an elementwise function of one tensor
+    for act, parent in product(acts, others):
         maps = [m for m in parent.children() if m in seen]
-        for *readers, down in itertools.permutations(maps) if len(maps) in (2, 3) else ():
+        for *readers, down in permutations(maps) if len(maps) in (2, 3) else ():
             W_out, orders = weight_of(down), [[(weight_of(m), m.bias) for m in readers]]
             (W, b), *_ = orders[0]
-            if len(W) == 2 * W_out.shape[1]:  # W_in and W_gate, in either order, in one map
+            if (
+                len(readers) == 1 and len(W) == 2 * W_out.shape[1]
+            ):  # W_in and W_gate, in either order, in one map
                 halves = list(zip(W.chunk(2), (None, None) if b is None else b.chunk(2)))
                 orders = [halves, halves[::-1]]
             for up, *gate in orders:
@@ -308,10 +276,8 @@ def find_mlp(block, run, where) -> MLP:
 # ---- The Jacobian (section 4.2, appendix A) ------------------------------------------------------
 def active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y):
     """J[..., i, j] = d s_y,i / d s_x,j of the active latents (..., k, k). Eq. 16; Eq. 29 if gated.
-
     The MLP is linearised at x (..., d_model): the true input in the stable setup (D.1), x_hat in
-    the paper's literal f_s. Rows and columns of latents that ReLU switched off are 0.
-    """
+    the paper's literal f_s. Rows and columns of latents that ReLU switched off are 0."""
     left = sae_y.W_enc[s_y.idx] @ mlp.W_out  # (..., k, d_mlp)
     right = sum(c.unsqueeze(-2) * (sae_x.W_dec[s_x.idx] @ W.T) for c, W in mlp.linearize(x)[1])
     return left @ right.mT * (s_y.acts > 0).unsqueeze(-1) * (s_x.acts > 0).unsqueeze(-2)
@@ -319,18 +285,14 @@ def active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y):
 
 # The same at the speed of the hardware: equal values and gradients (given TopK's indices), but
 # nothing of size B x n_latents or B x k x d_mlp is kept for the backward pass.
-
-
 def weighted_rows(w, W, idx):  # sum_i w[b, i] W[idx[b, i]]: (B, d)
     return F.embedding_bag(idx, W, per_sample_weights=w, mode="sum")
 
 
 class Encode(torch.autograd.Function):
     """TopKSAE.encode for constant x, with a backward pass that touches k rows per token.
-
     z[b, i] = x[b] . W[idx[b, i]] is the derivative of x . weighted_rows(w, W, idx) in w, and the
-    gradient that W gets from z is that of weighted_rows with the gradient of z as weights.
-    """
+    gradient that W gets from z is that of weighted_rows with the gradient of z as weights."""
 
     @staticmethod
     @torch.enable_grad()
@@ -340,7 +302,6 @@ class Encode(torch.autograd.Function):
         w = torch.zeros_like(idx, dtype=W.dtype, requires_grad=True)
         acts = F.relu(torch.autograd.grad(weighted_rows(w, W, idx), w, x)[0] + b[idx])
         ctx.save_for_backward(x, W, acts, idx)
-        ctx.mark_non_differentiable(idx)
         return acts, idx
 
     @staticmethod
@@ -353,12 +314,10 @@ class Encode(torch.autograd.Function):
 
 
 class JacobianL1(torch.autograd.Function):
-    """Sum of |J| and its exact gradients, from one pass over chunks of tokens.
-
-    With left = W_enc_y W_out and right = W_dec_x W^T, a token's J is a d^T: a = left[K_2], d = sum
-    of c * right[K_1] (Eq. 16, 29). The gradient of sum |J| is the matrix of signs, S: it adds S d
-    to the gradient of left[K_2] and c * (S^T a) to that of right[K_1].
-    """
+    """Sum of |J| and its exact gradients, from one pass over chunks of tokens. With left = W_enc_y
+    W_out and right = W_dec_x W^T, a token's J is a d^T: a = left[K_2], d = sum of c * right[K_1]
+    (Eq. 16, 29). The gradient of sum |J| is the matrix of signs, S: it adds S d to the gradient of
+    left[K_2] and c * (S^T a) to that of right[K_1]."""
 
     @staticmethod
     def forward(ctx, mask, i_y, i_x, cs, left, *rights):
@@ -386,11 +345,9 @@ class JacobianL1(torch.autograd.Function):
 
 def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
     """Eq. 5 in the stable setup of D.1: y = f(x), phi' at the true x, s_y = e_y(y). x (B, d_model).
-
     -> (loss, parts). parts, detached: mse_x, mse_y (means over all elements), Latents s_x, s_y, and
     jacobian_l1: mean |J| over k x k and a random share jacobian_fraction of the tokens, without the
-    coefficient (absent at 0). Under torch.autocast its dtype serves the large products only.
-    """
+    coefficient (absent at 0). Under torch.autocast its dtype serves the large products only."""
     x, loss, parts = x.detach().to(sae_x.W_enc.dtype), 0.0, {}
     with torch.no_grad():
         y, derivative = mlp.linearize(x)
@@ -404,9 +361,8 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
         t = torch.randperm(len(x), device=x.device)[:n] if n < len(x) else slice(None)
         (acts_x, idx_x), (acts_y, idx_y) = ((v[t] for v in parts[s]) for s in ("s_x", "s_y"))
         on = (acts_y > 0).unsqueeze(2) & (acts_x > 0).unsqueeze(1)  # (B, k, k)
-        rows_y, i_y = idx_y.unique(return_inverse=True)  # only the rows active in this batch
-        rows_x, i_x = idx_x.unique(return_inverse=True)
-        left = F.linear(sae_y.W_enc.index_select(0, rows_y), mlp.W_out.T)  # (active, d_mlp)
+        (rows_x, i_x), (rows_y, i_y) = (i.unique(return_inverse=True) for i in (idx_x, idx_y))
+        left = F.linear(sae_y.W_enc.index_select(0, rows_y), mlp.W_out.T)  # (active here, d_mlp)
         rights = [F.linear(sae_x.W_dec.index_select(0, rows_x), W) for _, W in derivative]
         cs = [c[t].to(left.dtype).unsqueeze(1) for c, _ in derivative]  # (B, 1, d_mlp)
         total = JacobianL1.apply(on.to(x.dtype), i_y, i_x, cs, left, *rights)
@@ -419,16 +375,14 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
 def load_language_model(config, device):
     """-> (model in float32, frozen; tokenizer or None). The control of section 5.3, from the seed:
     init re-draws every parameter as the model's own initialiser does, shuffle permutes each."""
-    beside, load = HERE / config.model, transformers.AutoModelForCausalLM
-    folder = str(beside if beside.exists() and not Path(config.model).exists() else config.model)
+    places, load = (Path(config.model), HERE / config.model), transformers.AutoModelForCausalLM
+    name, tokenizer = next((str(p) for p in places if p.exists()), config.model), None
     try:
-        model = load.from_pretrained(folder, dtype=torch.float32)
+        model = load.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"--model {config.model} is no causal LM that loads ({error})") from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError):
-        tokenizer = None  # enough for text that comes as token ids
+    with suppress(OSError, ValueError, KeyError, ImportError):  # for text that comes as token ids
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     torch.manual_seed(config.seed)
     if config.randomize_weights == "init":
         model = load.from_config(model.config, dtype=torch.float32)
@@ -437,72 +391,61 @@ def load_language_model(config, device):
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
-KINDS = {".txt": "text", ".jsonl": "json", ".zst": "json", ".parquet": "parquet", ".arrow": "arrow"}
-
-
 def load_documents(dataset, split):
     """-> (documents, local): dicts with "text" or "input_ids", to be iterated over repeatedly."""
-    path = Path(dataset)
+    path, root = Path(dataset), Path(os.__file__).parent
+    kinds = {"txt": "text", "jsonl": "json", "zst": "json", "parquet": "parquet", "arrow": "arrow"}
     if dataset == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
         names = [p.relative_to(root).as_posix() for p in root.rglob("*.py")]
-        names = [n for n in names if not {"site-packages", "dist-packages"} & set(n.split("/"))]
+        names = [n for n in names if "-packages/" not in n]  # what pip or the system installed
         names.sort(key=lambda n: zlib.crc32(n.encode()))  # mixes the subjects
         return [{"path": n, "text": (root / n).read_text("utf-8", "replace")} for n in names], True
-    if not path.exists() and path.suffix not in KINDS:
-        name, _, subset = dataset.partition(":")
-        return datasets.load_dataset(name, subset or None, split=split, streaming=True), False
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [str(p) for p in files if p.suffix in KINDS]
-    kinds = {KINDS[Path(f).suffix] for f in files}
-    if len(kinds) != 1:
-        raise InputError(f"expected files that end in one of {', '.join(KINDS)}")
+    if not path.exists() and path.suffix[1:] not in kinds:
+        return datasets.load_dataset(*dataset.split(":", 1), split=split, streaming=True), False
+    files = [str(p) for p in (path, *sorted(path.rglob("*"))) if p.suffix[1:] in kinds]
+    found = {kinds[Path(f).suffix[1:]] for f in files}
+    if len(found) != 1:
+        raise InputError(f"expected files of one kind that end in .{', .'.join(kinds)}")
     options = {"data_files": files, "split": "train", "streaming": True}
-    options |= {"sample_by": "document", "encoding_errors": "replace"} if "text" in kinds else {}
-    return datasets.load_dataset(*kinds, **options), True
+    options |= {"sample_by": "document", "encoding_errors": "replace"} if "text" in found else {}
+    return datasets.load_dataset(*found, **options), True
 
 
 def pack(documents, tokenizer, model, context_size):
     """Yield contexts (context_size,) of token ids: BOS, then documents joined by end-of-text."""
     special, vocabulary = tokenizer or model.config, model.get_input_embeddings().weight.shape[0]
     bos, end = ([] if i is None else [i] for i in (special.bos_token_id, special.eos_token_id))
-    bos, stream, documents = bos or end, np.empty(0, dtype=np.int64), iter(documents)
-    while batch := list(itertools.islice(documents, 64)):
-        column = "text" if tokenizer and "text" in batch[0] else "input_ids"
-        if column not in batch[0]:
+    stream, width, documents = np.int64([]), context_size - len(bos or end), iter(documents)
+    while batch := list(islice(documents, 64)):
+        text = tokenizer is not None and "text" in batch[0]
+        if not text and "input_ids" not in batch[0]:
             raise InputError(f"columns {[*batch[0]]}; expected input_ids, or text and a tokenizer")
-        ids = [document[column] or "" for document in batch]
-        if column == "text":
-            ids = tokenizer(ids, add_special_tokens=False, verbose=False).input_ids
+        ids = [document["text" if text else "input_ids"] or "" for document in batch]
+        ids = tokenizer(ids, add_special_tokens=False, verbose=False).input_ids if text else ids
         stream = np.concatenate([stream, *(np.array([*i, *end], dtype=np.int64) for i in ids)])
         if len(stream) and not 0 <= stream.min() <= stream.max() < vocabulary:
             raise InputError(f"token ids up to {stream.max()}; expected 0 to {vocabulary - 1}")
-        rows = stream[: len(stream) - len(stream) % (context_size - len(bos))]
-        stream = stream[len(rows) :]
-        yield from (np.int64([*bos, *row]) for row in rows.reshape(-1, context_size - len(bos)))
+        rows, stream = np.split(stream, [len(stream) // width * width])
+        yield from (np.int64([*(bos or end), *row]) for row in rows.reshape(-1, width))
 
 
 def token_contexts(config, model, tokenizer, context_size, held_out=False):
     """Yield the contexts of the training text or of the held-out text; local training text repeats.
-
     Local text holds out the documents whose crc32 (of the path in stdlib, else of the text) is 0
-    modulo 20, or the last 5 % of the contexts where that leaves one side empty.
-    """
+    modulo 20, or the last 5 % of the contexts where that leaves one side empty."""
 
     def is_held_out(document):
         key = document.get("path") or document.get("text") or str(document.get("input_ids"))
         return zlib.crc32(key.encode("utf-8", "replace")) % 20 == 0
 
-    n, sides = None, set()
     try:
         documents, local = load_documents(config.dataset, config.split)
-        by_document = local and any(sides.add(is_held_out(d)) or len(sides) == 2 for d in documents)
-        while n is None or (local and not held_out):
+        by_document = local and len([*islice(groupby(documents, is_held_out), 2)]) == 2
+        for _ in count() if local and not held_out else range(1):
             chosen = (d for d in documents if not by_document or is_held_out(d) == held_out)
             contexts, n = pack(chosen, tokenizer, model, context_size), 0
             if local and not by_document:
-                contexts = list(contexts)
-                cut = len(contexts) - max(1, len(contexts) // 20)
+                cut = -max(1, len(contexts := list(contexts)) // 20)
                 contexts = contexts[cut:] if held_out else contexts[:cut]
             for n, context in enumerate(contexts, 1):
                 yield context
@@ -521,35 +464,30 @@ def mlp_inputs(model, mlp, ids):
     def leave(_, args):
         raise StopIteration(args[0])
 
-    handle = mlp.sites[0].register_forward_pre_hook(leave)
-    try:
-        model(input_ids=ids, use_cache=False)
-    except StopIteration as stop:
-        return stop.value.reshape(*ids.shape, -1)
-    finally:
-        handle.remove()
+    with mlp.sites[0].register_forward_pre_hook(leave):
+        try:
+            model(input_ids=ids, use_cache=False)
+        except StopIteration as stop:
+            return stop.value.reshape(*ids.shape, -1)
 
 
 def activation_batches(config, model, mlp, contexts, steps, autocast):
-    """Yield `steps` batches x (batch_size, d_model), fewer if the contexts end.
-
-    A buffer of buffer_batches is filled, shuffled and used up, with nothing carried over.
-    """
+    """Yield `steps` batches x (batch_size, d_model), fewer if the contexts end. A buffer of
+    buffer_batches is filled, shuffled and used up, with nothing carried over."""
     shuffle, skip = torch.Generator().manual_seed(config.seed), 0 if config.keep_first_token else 1
-    batch, filled, size = config.batch_size, 0, 0
-    while filled == size and steps > 0:
-        size, filled, buffer = batch * min(steps, config.buffer_batches), 0, None
-        while filled < size and (some := list(itertools.islice(contexts, 16))):
+    batch, most, width = config.batch_size, config.buffer_batches, config.context_size - skip
+    buffer = torch.empty(batch * min(steps, most), mlp.W_in.shape[1], device=model.device)
+    for left in range(steps, 0, -most):
+        size, filled = batch * min(left, most), 0
+        while filled < size and (some := [*islice(contexts, min(16, -((filled - size) // width)))]):
             with autocast():
-                x = mlp_inputs(model, mlp, torch.from_numpy(np.stack(some)).to(model.device))
-            x = x[:, skip:].flatten(0, 1)[: size - filled].float()
-            buffer = x.new_empty(size, x.shape[1]) if buffer is None else buffer
+                x = mlp_inputs(model, mlp, torch.tensor(np.stack(some), device=model.device))
+            x = x[:, skip:].flatten(0, 1)[: size - filled]
             buffer[filled : filled + len(x)] = x
             filled += len(x)
-        if filled and not buffer[:filled].isfinite().all():
+        if not buffer[:filled].isfinite().all():
             raise InputError(f"NaN or Inf among the inputs of the MLP in layer {config.layer}")
         for rows in torch.randperm(filled, generator=shuffle).split(batch)[: filled // batch]:
-            steps -= 1
             yield buffer[rows.to(buffer.device)]
 
 
@@ -559,8 +497,7 @@ def measure(sae_x, sae_y, mlp, x, parts):
     """Reconstruction on a batch; mean |J| and the number of |J| > 0.01 per token on 512 of it."""
     s_x, s_y = (Latents(*(v[:512] for v in parts[s])) for s in ("s_x", "s_y"))
     J = active_jacobian(sae_x, sae_y, mlp, x[:512], s_x, s_y).abs()
-    above = (J > 0.01).sum((1, 2)).float()
-    row = {"jacobian_l1": J.mean().item(), "jacobian_above_0.01": above.mean().item()}
+    row = {"jacobian_l1": J.mean().item(), "jacobian_above_0.01": (J > 0.01).sum().item() / len(J)}
     for s, v in (("x", x), ("y", mlp(x))):
         row[f"mse_{s}"] = parts[f"mse_{s}"].item()
         row[f"ev_{s}"] = 1 - row[f"mse_{s}"] / (v - v.mean(0)).square().mean().item()
@@ -568,15 +505,16 @@ def measure(sae_x, sae_y, mlp, x, parts):
 
 
 def train(config: Config) -> Path:
-    """Train a pair of SAEs and write the run directory, whose path is returned.
-
-    lr is warmed up over 1 % of the steps and brought to 0 over the last 20 %, lambda warmed up over
-    5 %. InputError if a setting cannot be used, the text ends or a number breaks; what was trained
-    until then is saved in checkpoint/.
-    """
-    check_run_dir(config.run_dir, config.overwrite)
+    """Train a pair of SAEs, write the run directory and return its path. lr is warmed up over 1 %
+    of the steps and falls to 0 over the last 20 %, lambda is warmed up over 5 %. InputError if a
+    setting cannot be used, the text ends or a number breaks: checkpoint/ has what was trained."""
+    out, held = config.run_dir, {path.name for path in config.run_dir.glob("*")}
+    replaceable = config.overwrite and {"config.json", "metrics.jsonl"} <= held
+    if out.is_file() or (held and not replaceable):
+        raise InputError(f"--output-dir {out} is taken; --overwrite replaces a run, and only a run")
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device not in ["cpu", *["cuda"][: len(gpus)], *gpus]:
         raise InputError(f"--device {device} is not available here; expected cpu or cuda")
     low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.startswith("cuda"))
     autocast = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=low)
@@ -589,67 +527,55 @@ def train(config: Config) -> Path:
     contexts = token_contexts(config, model, tokenizer, context_size)
     batch, steps, step = config.batch_size, config.tokens // config.batch_size, 0
     batches = activation_batches(config, model, mlp, contexts, steps, autocast)
-
     torch.manual_seed(config.seed)
-    sizes = mlp.W_in.shape[1], config.expansion_factor * mlp.W_in.shape[1], config.k
-    saes = TopKSAE(*sizes).to(device), TopKSAE(*sizes).to(device)
-    parameters = [p for sae in saes for p in sae.parameters()]
-    adam = torch.optim.Adam(parameters, fused=True)
-    seen_at = torch.zeros(2, sizes[1], dtype=torch.long, device=device)  # tokens, per latent
-    bar = tqdm(total=steps * batch, unit="tok", unit_scale=True)
+    d_model, n_latents = mlp.W_in.shape[1], config.expansion_factor * mlp.W_in.shape[1]
+    saes = nn.ModuleList(TopKSAE(d_model, n_latents, config.k) for _ in "xy").to(device)
+    adam = torch.optim.Adam(saes.parameters(), fused=True)
+    seen_at = torch.zeros(2, n_latents, dtype=torch.long, device=device)  # tokens, per latent
+    bar, start = tqdm(total=steps * batch, unit="tok", unit_scale=True), time.time()
     try:
         for step, x in enumerate(batches, 1):
             if step == 1:  # nothing is written before it is known that the data can be read
-                info, start = start_run(config, model, mlp, tokenizer, context_size), time.time()
-            coef = config.jacobian_coef * min(1, step / (0.05 * steps))
+                info = start_run(config, model, mlp, tokenizer, context_size)
+            tokens, coef = step * batch, config.jacobian_coef * min(1, step / (0.05 * steps))
             lr = config.lr * min(1, step / (0.01 * steps), (steps - step + 1) / (0.2 * steps))
             adam.param_groups[0]["lr"] = lr
             with autocast():
                 loss, parts = jsae_loss(*saes, mlp, x, coef, config.jacobian_fraction)
             adam.zero_grad()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = nn.utils.clip_grad_norm_(saes.parameters(), 1.0)
             if not (loss + norm).isfinite():
                 raise InputError(f"the loss is {loss.item()}, the gradients' norm {norm.item()}")
             adam.step()
             for sae, at, (acts, idx) in zip(saes, seen_at, (parts["s_x"], parts["s_y"])):
                 sae.W_dec.data = F.normalize(sae.W_dec.data)
-                at[idx[acts > 0]] = step * batch
+                at[idx[acts > 0]] = tokens
             bar.update(batch)
             if step % max(1, min(50, steps // 20)) == 0 or step == steps:
-                row = measure(*saes, mlp, x, parts)
-                dead = (seen_at <= max(0, step * batch - 10_000_000)).sum(1).tolist()
-                row |= dict(zip(("dead_x", "dead_y"), dead))
-                bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
-                row |= {"step": step, "tokens": step * batch, "lr": lr, "coef": coef}
-                row |= {"seconds": time.time() - start, "grad_norm": norm.item()}
-                row["tokens_per_second"] = row["tokens"] / row["seconds"]
-                with open(config.run_dir / "metrics.jsonl", "a") as log:
+                row, seconds = measure(*saes, mlp, x, parts), time.time() - start
+                row["dead_x"], row["dead_y"] = (seen_at <= max(0, tokens - 10**7)).sum(1).tolist()
+                bar.set_postfix(row)
+                row |= {"step": step, "tokens": tokens, "seconds": seconds, "lr": lr, "coef": coef}
+                row |= {"grad_norm": norm.item(), "tokens_per_second": tokens / seconds}
+                with open(out / "metrics.jsonl", "a") as log:
                     log.write(json.dumps(row) + "\n")
         if step < max(1, steps):
-            raise InputError(f"{config.dataset} gave {step} of {config.tokens / batch:g} batches")
+            raise InputError(f"{config.dataset} and --tokens {config.tokens} give {step} batches")
     except InputError as error:
-        if step:
-            save_pair(config.run_dir / "checkpoint", saes, info)
+        if step == 0:
+            raise
+        save_pair(out / "checkpoint", saes, info)
         raise InputError(f"step {step}: {error} (last good weights: checkpoint/)") from error
     finally:
         bar.close()
-    save_pair(config.run_dir, saes, info)
-    return config.run_dir
+    save_pair(out, saes, info)
+    return out
 
 
 # ---- Run directories -----------------------------------------------------------------------------
-def check_run_dir(folder, overwrite):
-    """InputError unless a run may be written to the folder."""
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if folder.is_file() or (held and not {"config.json", "metrics.jsonl"} <= held):
-        raise InputError(f"--output-dir {folder} is a file or holds other files than a run's")
-    if held and not overwrite:
-        raise InputError(f"{folder} holds a run; --overwrite replaces it, --output-dir moves")
-
-
 def start_run(config, model, mlp, tokenizer, context_size):
-    """Empty the run's folder, write config.json and return what it says."""
+    """Empty the run's folder, start config.json and metrics.jsonl, return what the first says."""
     shutil.rmtree(config.run_dir, ignore_errors=True)
     names = {module: name for name, module in model.named_modules()}
     info = {"config": dataclasses.asdict(config), "context_size": context_size}
@@ -658,6 +584,7 @@ def start_run(config, model, mlp, tokenizer, context_size):
     info["prepend_bos"] = tokenizer is not None and tokenizer.bos_token_id is not None
     info["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
     write_file(config.run_dir / "config.json", json.dumps(info, indent=2).encode())
+    (config.run_dir / "metrics.jsonl").touch()
     return info
 
 
@@ -678,14 +605,12 @@ def save_pair(folder, saes, info):
     metadata |= {"model_name": info["config"]["model"], "dataset_path": info["config"]["dataset"]}
     metadata |= {name: info[name] for name in ("context_size", "prepend_bos")}
     for s, sae in zip("xy", saes):
-        tensors = {name: p.detach().cpu() for name, p in sae.named_parameters()}
-        tensors["W_enc"] = tensors["W_enc"].T.contiguous()  # SAELens keeps it as (d_in, d_sae)
+        tensors = sae.state_dict() | {"W_enc": sae.W_enc.detach().T.contiguous()}  # (d_in, d_sae)
         cfg = {"architecture": "topk", "d_in": sae.d_model, "d_sae": sae.n_latents, "k": sae.k}
         cfg |= {"normalize_activations": "none", "reshape_activations": "none", "device": "cpu"}
         cfg |= dict.fromkeys(("rescale_acts_by_decoder_norm", "apply_b_dec_to_input"), False)
         cfg |= {"dtype": "float32", "metadata": metadata | {"hook_name": info["sites"][s]}}
         target, temporary = folder / f"sae_{s}", folder / f"sae_{s}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
         write_file(temporary / "cfg.json", json.dumps(cfg, indent=2).encode())
         write_file(temporary / "sae_weights.safetensors", safetensors.torch.save(tensors))
         shutil.rmtree(target, ignore_errors=True)
@@ -694,16 +619,15 @@ def save_pair(folder, saes, info):
 
 def load_run(path_or_hub_id):
     """-> (sae_x, sae_y, config) of a finished run: a folder, or the id of a hub repository."""
-    folder, saes = Path(path_or_hub_id), []
+    root, saes = Path(path_or_hub_id), []
     try:
-        if not folder.is_dir():
-            folder = Path(huggingface_hub.snapshot_download(str(path_or_hub_id)))
+        folder = root if root.is_dir() else Path(huggingface_hub.snapshot_download(root.as_posix()))
         config = Config(**json.loads((folder / "config.json").read_text())["config"])
         for s in "xy":
             tensors = safetensors.torch.load_file(folder / f"sae_{s}" / "sae_weights.safetensors")
             saes.append(TopKSAE(*tensors["W_enc"].shape, config.k))
             saes[-1].load_state_dict(tensors | {"W_enc": tensors["W_enc"].T})
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path_or_hub_id} is not a finished run ({error})") from error
     return *saes, config
 
@@ -711,28 +635,24 @@ def load_run(path_or_hub_id):
 # ---- Command line --------------------------------------------------------------------------------
 def main(argv=None) -> int:
     """-> exit status: 0, 2 after one line about what was given, 130 after Ctrl-C."""
-
-    def refuse(message):
-        raise InputError(message)
-
     argv = sys.argv[1:] if argv is None else argv
-    parser = transformers.HfArgumentParser(Config, prog="jsae.py", allow_abbrev=False)
-    parser.error = refuse
+    parser = HfArgumentParser(Config, prog="jsae.py", allow_abbrev=False)
+    parser.print_usage = lambda file: None  # an error is one line
+    demo = not any(argument.split("=")[0] == "--model" for argument in argv)
+    parser.set_defaults(**(DEMO if demo else {}))
     try:
-        if not any(argument.split("=")[0] == "--model" for argument in argv):
-            if not (HERE / DEMO["model"]).is_dir():
-                example = "--model EleutherAI/pythia-70m --layer 3"
-                refuse(f"{DEMO['model']} is not beside jsae.py; name a model, as in {example}")
-            print("demo settings:", ", ".join(f"{name} {value}" for name, value in DEMO.items()))
-            parser.set_defaults(**DEMO)
         config = Config(**vars(parser.parse_args(argv)))
+        if demo and not (HERE / config.model).is_dir():
+            raise InputError(f"no {config.model} here; try --model EleutherAI/pythia-70m --layer 3")
+        if demo:
+            print("demo settings:", ", ".join(f"{name} {value}" for name, value in DEMO.items()))
         run_dir = train(config)
     except (InputError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("jsae.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except SystemExit as stop:  # argparse's, after --help
+    except SystemExit as stop:  # argparse's, after --help or an error
         return stop.code or 0
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     print(f"explained variance     x {last['ev_x']:.4f}, y {last['ev_y']:.4f}")

@@ -1,0 +1,766 @@
+"""Tests of jsae.py in the order of the paper: the Jacobian, the loss, real models, data, training, command line.
+
+python -m pytest        (about two minutes on two cores; no network)
+"""
+
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+import zlib
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers.activations import ACT2FN
+
+import jsae
+from jsae import MLP, Config, InputError, Latents, TopKSAE, active_jacobian, jsae_loss
+
+TINY = jsae.HERE / "assets" / "tiny-pythia"
+DOUBLE = torch.float64
+ACTS = {
+    "gelu": nn.GELU(),
+    "tanh_gelu": nn.GELU(approximate="tanh"),
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
+    "silu": nn.SiLU(),
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square(),
+    "mish": nn.Mish(),  # goes through the autodiff fallback
+}
+gated_or_plain = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+every_act = pytest.mark.parametrize("act", ACTS)
+
+
+def random_mlp(act="gelu", gated=False, d_model=10, d_mlp=14):
+    weights = [(d_mlp, d_model), (d_mlp,), (d_model, d_mlp), (d_model,)]
+    weights += [(d_mlp, d_model), (d_mlp,)] if gated else []
+    return MLP(*(torch.randn(*shape, dtype=DOUBLE) for shape in weights), act=ACTS[act])
+
+
+def random_pair(d_model=10, n_latents=30, k=4, b_enc=0.0):
+    """Two SAEs in float64, away from their initial values; a low b_enc makes ReLU switch latents off."""
+    torch.manual_seed(1)
+    pair = TopKSAE(d_model, n_latents, k).double(), TopKSAE(d_model, n_latents, k).double()
+    for p in (p for sae in pair for p in sae.parameters()):
+        p.data += 0.1 * torch.randn_like(p)
+    for sae in pair:
+        sae.b_enc.data += b_enc
+    return pair
+
+
+def gradients(loss, pair):
+    return torch.autograd.grad(loss, [p for sae in pair for p in sae.parameters()])
+
+
+# ---- Sparse autoencoders -------------------------------------------------------------------------
+def test_sae_starts_with_unit_decoder_rows_and_the_encoder_as_their_copy():
+    sae = TopKSAE(8, 40, 3)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
+    assert torch.equal(sae.W_enc, sae.W_dec)
+    assert not sae.b_enc.any() and not sae.b_dec.any()
+
+
+def test_sae_keeps_the_k_largest_and_clips_them_at_zero():
+    sae = TopKSAE(2, 4, 3)
+    sae.W_enc.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -2.0]])
+    sae.W_dec.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [5.0, 5.0]])
+    sae.b_dec.data = torch.tensor([0.5, -0.5])
+    acts, idx = sae.encode(torch.tensor([3.0, 1.0]))  # pre-activations 3, 1, -3, -2
+    assert dict(zip(idx.tolist(), acts.tolist())) == {0: 3.0, 1: 1.0, 3: 0.0}
+    assert sae(torch.tensor([[3.0, 1.0]])).tolist() == [[3.5, 0.5]]
+
+
+def test_sae_refuses_k_above_the_number_of_latents():
+    with pytest.raises(ValueError, match="k is 9; expected 1 to 8"):
+        TopKSAE(4, 8, 9)
+
+
+# ---- The Jacobian (Eq. 16, Eq. 29) ---------------------------------------------------------------
+def test_jacobian_of_a_case_worked_by_hand():
+    W_in, W_out = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[1.0, 0.0], [2.0, 1.0]])
+    mlp = MLP(W_in, None, W_out, None, act=F.relu)
+    sae_x, sae_y = TopKSAE(2, 3, 2), TopKSAE(2, 3, 2)
+    sae_x.W_dec.data = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0]])
+    sae_y.W_enc.data = torch.tensor([[1.0, 0.0], [1.0, 1.0], [9.0, 9.0]])
+    s_x = Latents(torch.tensor([2.0, 5.0]), torch.tensor([1, 2]))  # K_1 = {1, 2}
+    s_y = Latents(torch.tensor([1.0, 1.0]), torch.tensor([0, 1]))  # K_2 = {0, 1}
+    J = partial(active_jacobian, sae_x, sae_y, mlp)
+    # z = (3, 2): both units on, df/dx = W_out W_in = [[1, 2], [5, 3]]
+    assert J(torch.tensor([1.0, 1.0]), s_x, s_y).tolist() == [[1.0, 2.0], [6.0, 5.0]]
+    # z = (9, -1): the second unit off, df/dx = [[1, 2], [2, 4]]
+    assert J(torch.tensor([1.0, 4.0]), s_x, s_y).tolist() == [[1.0, 2.0], [3.0, 6.0]]
+    off = Latents(torch.tensor([2.0, 0.0]), s_x.idx)  # the second input latent is switched off
+    assert J(torch.tensor([1.0, 1.0]), off, s_y).tolist() == [[1.0, 0.0], [6.0, 0.0]]
+
+
+@every_act
+def test_derivative_of_each_activation_equals_autodiff(act):
+    z = torch.linspace(
+        -6, 6, 1000, dtype=DOUBLE, requires_grad=True
+    )  # 0, ReLU's kink, is not in it
+    phi, derivative = jsae.with_derivative(ACTS[act])
+    torch.testing.assert_close(phi(z), ACTS[act](z), rtol=1e-12, atol=1e-12)
+    (expected,) = torch.autograd.grad(ACTS[act](z).sum(), z)
+    torch.testing.assert_close(derivative(z), expected, rtol=1e-12, atol=1e-12)
+    assert (phi in [known for known, _ in jsae.ACTIVATIONS]) == (act != "mish")
+
+
+def test_an_activation_that_mixes_elements_is_refused():
+    with pytest.raises(ValueError, match="elementwise"):
+        random_mlp().__init__(*(torch.eye(3),) * 4, act=partial(torch.softmax, dim=-1))
+
+
+@pytest.mark.parametrize("literal", [False, True], ids=["stable", "literal"])
+@gated_or_plain
+@every_act
+def test_jacobian_equals_autodiff_of_f_s_and_is_zero_elsewhere(act, gated, literal):
+    """The whole n_y x n_x Jacobian: ours inside K_2 x K_1, zero outside and where ReLU is off."""
+    sae_x, sae_y = random_pair(b_enc=-1.0)
+    mlp, n = random_mlp(act, gated), sae_x.n_latents
+    sae_y.b_enc.data -= 3.0
+    x = torch.randn(5, 10, dtype=DOUBLE)
+    s_x = sae_x.encode(x)
+    point = sae_x.decode(s_x) if literal else x
+    s_y, error = sae_y.encode(mlp(point)), (point - sae_x.decode(s_x)).detach()
+    assert (s_x.acts == 0).any() or (s_y.acts == 0).any()
+    J = active_jacobian(sae_x, sae_y, mlp, point, s_x, s_y)
+    for b in range(len(x)):
+
+        def f_s(s, eps=error[b]):
+            values, idx = s.topk(sae_x.k)  # tau_k
+            out = sae_y.encode(mlp(sae_x.decode(Latents(F.relu(values), idx)) + eps))
+            return torch.zeros(n, dtype=DOUBLE).scatter(0, out.idx, out.acts)
+
+        s = torch.zeros(n, dtype=DOUBLE).scatter(0, s_x.idx[b], s_x.acts[b]).detach()
+        ours = torch.zeros(n, n, dtype=DOUBLE)
+        ours[s_y.idx[b].unsqueeze(1), s_x.idx[b]] = J[b].detach()
+        torch.testing.assert_close(torch.func.jacrev(f_s)(s), ours, rtol=1e-10, atol=1e-10)
+
+
+def test_rows_and_columns_of_latents_that_relu_switched_off_are_exactly_zero():
+    sae_x, sae_y = random_pair(b_enc=-2.0)
+    mlp, x = random_mlp(), torch.randn(20, 10, dtype=DOUBLE)
+    s_x, s_y = sae_x.encode(x), sae_y.encode(mlp(x) / 4)
+    J = active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y)
+    assert (s_x.acts == 0).any() and (s_y.acts == 0).any()
+    assert not J[s_y.acts == 0].any() and not J.mT[s_x.acts == 0].any()
+    assert J[s_y.acts > 0].any()
+
+
+# ---- The loss (Eq. 5) ----------------------------------------------------------------------------
+def plain_loss(sae_x, sae_y, mlp, x, coef):
+    """Eq. 5 from the definitions, each term as it is written there."""
+    y = mlp(x)
+    J = active_jacobian(sae_x, sae_y, mlp, x, sae_x.encode(x), sae_y.encode(y))
+    return F.mse_loss(sae_x(x), x) + F.mse_loss(sae_y(y), y) + coef * J.abs().mean()
+
+
+@gated_or_plain
+@every_act
+def test_fast_loss_and_every_gradient_equal_the_plain_formula(act, gated):
+    pair, mlp = random_pair(b_enc=-0.8), random_mlp(act, gated)
+    x = torch.randn(50, 10, dtype=DOUBLE)
+    fast, parts = jsae_loss(*pair, mlp, x, 0.7)
+    plain = plain_loss(*pair, mlp, x, 0.7)
+    torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+    for ours, expected in zip(gradients(fast, pair), gradients(plain, pair)):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    total = parts["mse_x"] + parts["mse_y"] + 0.7 * parts["jacobian_l1"]
+    torch.testing.assert_close(total, fast.detach())
+    assert not any(parts[name].requires_grad for name in ("mse_x", "mse_y", "jacobian_l1"))
+    assert torch.equal(parts["s_x"].idx, pair[0].encode(x).idx)
+
+
+def test_fast_loss_passes_gradcheck():
+    pair, mlp = random_pair(), random_mlp(gated=True)
+    x, names = torch.randn(6, 10, dtype=DOUBLE), [n for n, _ in pair[0].named_parameters()]
+
+    def loss(*values):
+        saes = [nn.Module(), nn.Module()]
+        for i, (sae, name) in enumerate(itertools.product(saes, names)):
+            setattr(sae, name, values[i])
+        for sae in saes:
+            sae.k = pair[0].k
+        return jsae_loss(*saes, mlp, x, 0.5)[0]
+
+    values = [getattr(sae, n).detach().requires_grad_() for sae in pair for n in names]
+    assert torch.autograd.gradcheck(loss, values, atol=1e-6, nondet_tol=1e-12)
+
+
+def test_fast_loss_is_the_same_whatever_the_chunk(monkeypatch):
+    pair, mlp, x = random_pair(), random_mlp(), torch.randn(70, 10, dtype=DOUBLE)
+    whole = jsae_loss(*pair, mlp, x, 1.0)[0]
+    by_token = sum(jsae_loss(*pair, mlp, x[i : i + 1], 1.0)[1]["jacobian_l1"] for i in range(70))
+    big = random_mlp(d_mlp=20_000)  # forces chunks of few tokens
+    ours = jsae_loss(*pair, big, x, 1.0)[0]
+    torch.testing.assert_close(ours, plain_loss(*pair, big, x, 1.0), rtol=1e-11, atol=0)
+    torch.testing.assert_close(
+        by_token / 70, jsae_loss(*pair, mlp, x, 1.0)[1]["jacobian_l1"], rtol=1e-11, atol=0
+    )
+    assert whole.isfinite()
+
+
+def test_jacobian_fraction_averages_over_a_random_part_of_the_tokens():
+    pair, mlp, x = random_pair(), random_mlp(), torch.randn(4, 10, dtype=DOUBLE)
+    term = partial(jsae_loss, *pair, mlp)
+    one_by_one = {round(term(x[i : i + 1], 1.0)[1]["jacobian_l1"].item(), 9) for i in range(4)}
+    torch.manual_seed(0)
+    drawn = {round(term(x, 1.0, 0.25)[1]["jacobian_l1"].item(), 9) for _ in range(60)}
+    assert drawn == one_by_one and len(drawn) == 4
+    mean = sum(one_by_one) / 4
+    assert math.isclose(term(x, 1.0)[1]["jacobian_l1"].item(), mean, rel_tol=1e-6)
+
+
+def test_coefficient_zero_gives_the_gradients_of_two_independent_saes():
+    pair, mlp, x = random_pair(), random_mlp(), torch.randn(50, 10, dtype=DOUBLE)
+    loss, parts = jsae_loss(*pair, mlp, x, 0.0)
+    assert "jacobian_l1" not in parts
+    alone = [F.mse_loss(sae(v), v) for sae, v in zip(pair, (x, mlp(x)))]
+    expected = [g for value, sae in zip(alone, pair) for g in gradients(value, [sae])]
+    for ours, other in zip(gradients(loss, pair), expected):
+        torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-13)
+
+
+def test_nothing_of_size_tokens_times_latents_or_k_times_d_mlp_is_kept_for_the_backward_pass():
+    pair, mlp = random_pair(n_latents=600, k=8), random_mlp(d_mlp=300)
+    x, kept = torch.randn(200, 10, dtype=DOUBLE), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        jsae_loss(*pair, mlp, x, 1.0)
+    assert 0 < max(kept) <= 600 * 300 < 200 * 8 * 300  # W_enc_y W_out, and not B k d_mlp
+
+
+def test_autocast_rules_the_large_products_only():
+    torch.manual_seed(0)
+    pair = [TopKSAE(16, 64, 4), TopKSAE(16, 64, 4)]
+    mlp, x = random_mlp(d_model=16).float(), torch.randn(64, 16)
+    exact = jsae_loss(*pair, mlp, x, 1.0)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, parts = jsae_loss(*pair, mlp, x, 1.0)
+    assert loss.dtype == torch.float32 and parts["s_x"].acts.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
+    assert all(g.dtype == torch.float32 for g in gradients(loss, pair))
+    acts, idx = parts["s_x"]  # the kept values are exact, though TopK chose them in bfloat16
+    products = F.relu((pair[0].W_enc[idx] @ x.unsqueeze(2)).squeeze(2) + pair[0].b_enc[idx])
+    torch.testing.assert_close(acts, products, rtol=1e-5, atol=1e-6)
+
+
+# ---- MLPs of real models -------------------------------------------------------------------------
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
+SIZES |= {"head_dim": 8, "ffn_dim": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SPECIAL = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4},
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
+    "opt": {"word_embed_proj_dim": 32},
+    "xglm": {"d_model": 32, "attention_heads": 4, "num_layers": 2},
+    "bart": {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 40,
+    },
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+}
+PLAIN = "gpt_neox gpt2 gpt_neo gptj phi opt falcon starcoder2 persimmon codegen nemotron bloom mpt"
+PLAIN += " biogpt xglm gpt_bigcode arcee apertus ctrl openai-gpt bart gpt_neox_japanese"
+GATED = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 stablelm olmo2 granite glm cohere"
+GATED += " olmo smollm3 helium exaone4 glm4 lfm2 modernbert-decoder"
+OTHER = "mixtral qwen2_moe gpt_oss granitemoeshared bitnet rwkv"
+
+
+def random_model(kind):
+    """A tiny random model; only settings that its config has are changed."""
+    defaults = transformers.AutoConfig.for_model(kind)
+    own = SPECIAL.get(kind, {})
+    sizes = {
+        k: v
+        for k, v in SIZES.items()
+        if hasattr(defaults, k) and not ("d_model" in own and k in own)
+    }
+    if kind in ("falcon", "gpt_neo"):
+        sizes.pop("head_dim", None)
+    if getattr(defaults, "layer_types", None) is not None:
+        own = own | {"layer_types": None}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **sizes, **own)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kind", PLAIN.split() + GATED.split())
+def test_mlp_of_every_architecture_reproduces_the_models_own(kind):
+    model = random_model(kind)
+    assert model.training
+    mlp = MLP.from_model(model, 1)
+    assert model.training and (mlp.W_gate is not None) == (kind in GATED.split())
+    seen, model = [], model.eval()
+    hook = mlp.sites[-1].register_forward_hook(lambda m, a, y: seen.append(y.detach().clone()))
+    ids = torch.arange(3 * 20).reshape(3, 20) + 5
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    hook.remove()
+    x = jsae.mlp_inputs(model, mlp, ids)
+    assert x.shape == (3, 20, 32)
+    torch.testing.assert_close(mlp(x).flatten(), seen[0].flatten(), rtol=1e-4, atol=1e-6)
+    _, derivative = mlp.linearize(x[0, 0])
+    J = sum(mlp.W_out @ (c.unsqueeze(1) * W) for c, W in derivative)
+    torch.testing.assert_close(torch.func.jacrev(mlp)(x[0, 0]), J, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", OTHER.split())
+def test_what_is_not_one_dense_mlp_is_refused(kind):
+    with pytest.raises(ValueError, match="layer 1 of .*(mixture of experts|no single dense MLP)"):
+        MLP.from_model(random_model(kind), 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu"]
+)
+def test_the_activation_is_told_apart_even_where_small_weights_hide_it(name):
+    config = transformers.GPTNeoXConfig(**{k: SIZES[k] for k in list(SIZES)[:4]}, hidden_act=name)
+    config.initializer_range, config.intermediate_size = 1e-3, 48
+    mlp = MLP.from_model(transformers.AutoModelForCausalLM.from_config(config), 0)
+    z = torch.linspace(-4, 4, 99)
+    torch.testing.assert_close(mlp.act(z), ACT2FN[name](z), rtol=0, atol=1e-6)
+
+
+def test_from_module_finds_a_fused_reversed_gate_with_odd_names():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 20, bias=False), nn.Linear(10, 6)
+
+        def forward(self, x):
+            up, gate = self.a(x).chunk(2, dim=-1)
+            return x + self.b(up * torch.tanh(gate))  # the residual stays outside
+
+    module = Odd()
+    module.phi = torch.tanh
+    mlp, x = MLP.from_module(module), torch.randn(7, 6)
+    torch.testing.assert_close(x + mlp(x), module(x))
+
+
+@pytest.mark.parametrize("module", [nn.Linear(4, 4), nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4))])  # fmt: skip
+def test_from_module_refuses_what_is_no_mlp(module):
+    with pytest.raises(ValueError, match="dense MLP"):
+        MLP.from_module(module)
+
+
+def test_mlp_inputs_leaves_the_forward_pass_at_the_mlp():
+    model, later = random_model("llama").eval(), []
+    mlp = MLP.from_model(model, 0)
+    for module in (*mlp.sites, model.model.layers[1], model.lm_head):
+        module.register_forward_hook(lambda *_: later.append(1))
+    jsae.mlp_inputs(model, mlp, torch.ones(2, 5, dtype=torch.long))
+    assert not later
+
+
+# ---- Text and activations ------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A random one-layer GPT-NeoX of the bundled vocabulary, with the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    sizes = {"vocab_size": 2560, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = transformers.GPTNeoXConfig(
+        **sizes, num_attention_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "docs.jsonl"
+    rows = [{"text": f"Document {i}: " + " ".join(map(str, range(i, i + 60)))} for i in range(200)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def config(model_dir, text_file, tmp_path):
+    settings = {"model": str(model_dir), "layer": 0, "dataset": str(text_file), "k": 4, "lr": 0.01}
+    settings |= {"tokens": 2000, "batch_size": 128, "expansion_factor": 4, "context_size": 32}
+    return Config(**settings, buffer_batches=4, output_dir=str(tmp_path / "run"), device="cpu")
+
+
+def contexts_of(config, held_out=False, n=10**9):
+    model, tokenizer = jsae.load_language_model(config, "cpu")
+    stream = jsae.token_contexts(config, model, tokenizer, config.context_size, held_out)
+    return list(itertools.islice(stream, n)), tokenizer
+
+
+def changed(config, **settings):
+    return Config(**{f: getattr(config, f) for f in config.__dataclass_fields__} | settings)
+
+
+def test_contexts_are_packed_documents_behind_bos(config, text_file):
+    contexts, tokenizer = contexts_of(config, n=50)
+    assert all(c.shape == (32,) and c[0] == tokenizer.bos_token_id for c in contexts)
+    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+    training = [t for t in texts if zlib.crc32(t.encode()) % 20]
+    stream = "".join(t + tokenizer.eos_token for t in training)
+    assert stream.startswith(tokenizer.decode(np.concatenate([c[1:] for c in contexts])))
+
+
+def test_training_and_held_out_text_share_no_document_and_miss_none(config, text_file):
+    held_out, tokenizer = contexts_of(config, held_out=True)
+    text = tokenizer.decode(np.concatenate([c[1:] for c in held_out]))
+    for line in text_file.read_text().splitlines():
+        document = json.loads(line)["text"]
+        name = document.split(":")[0] + ":"
+        assert (name in text) == (zlib.crc32(document.encode()) % 20 == 0)
+
+
+def test_one_document_is_split_by_contexts(config, tmp_path):
+    (tmp_path / "one.txt").write_text(" ".join(map(str, range(3000))))
+    one = changed(config, dataset=str(tmp_path / "one.txt"))
+    held_out, _ = contexts_of(one, held_out=True)
+    training, _ = contexts_of(one, n=19 * len(held_out))
+    joined = [tuple(c) for c in training + held_out]
+    assert len(held_out) > 1 and len(set(joined)) == len(joined)
+
+
+def test_stdlib_holds_out_by_path():
+    documents, local = jsae.load_documents("stdlib", "train")
+    held = [d["path"] for d in documents if zlib.crc32(d["path"].encode()) % 20 == 0]
+    assert local and 0.02 < len(held) / len(documents) < 0.08
+    assert not any("site-packages" in d["path"] for d in documents)
+    assert "textwrap.py" in [d["path"] for d in documents]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.zst", "parquet", "arrow", "input_ids"])
+def test_every_kind_of_local_data_gives_the_same_documents(kind, config, tmp_path):
+    texts = [f"text number {i} " * 30 for i in range(60)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    table = datasets.Dataset.from_dict({"text": texts})
+    if kind == "txt":
+        for i, text in enumerate(texts):
+            (folder / f"{i:03}.txt").write_text(text)
+    elif kind == "arrow":
+        table.save_to_disk(folder)
+    elif kind == "parquet":
+        table.to_parquet(folder / "a.parquet")
+    elif kind == "input_ids":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+        table.map(lambda d: {"input_ids": tokenizer(d["text"]).input_ids}, remove_columns="text").to_parquet(folder / "a.parquet")  # fmt: skip
+    else:
+        import zstandard
+
+        data = "\n".join(json.dumps({"text": t, "n": 1}) for t in texts).encode()
+        data = zstandard.compress(data) if kind == "jsonl.zst" else data
+        (folder / f"a.{kind}").write_bytes(data)
+    contexts, tokenizer = contexts_of(changed(config, dataset=str(folder)), n=20)
+    training = [t for t in texts if kind == "input_ids" or zlib.crc32(t.encode()) % 20]
+    text = tokenizer.decode(np.concatenate([c[1:] for c in contexts]))
+    if kind == "input_ids":
+        assert all(part in tokenizer.eos_token.join(training) for part in text.split(tokenizer.eos_token)[1:-1])  # fmt: skip
+    else:
+        assert "".join(t + tokenizer.eos_token for t in training).startswith(text)
+
+
+def batches_of(config, contexts, steps):
+    model, _ = jsae.load_language_model(config, "cpu")
+    mlp, no_autocast = MLP.from_model(model, 0), partial(torch.autocast, "cpu", enabled=False)
+    stream = jsae.activation_batches(config, model, mlp, iter(contexts), steps, no_autocast)
+    return torch.cat(list(stream)), model
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_batches_hold_each_mlp_input_once_and_no_first_token(config, keep):
+    kept = changed(config, keep_first_token=keep, batch_size=32 if keep else 31)
+    contexts, _ = contexts_of(config, n=8)
+    x, model = batches_of(kept, contexts, 8)
+    seen = []
+    model.gpt_neox.layers[0].mlp.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model(torch.from_numpy(np.stack(contexts)))
+    expected = seen[0][:, 0 if keep else 1 :].flatten(0, 1)
+    assert x.shape == expected.shape and not torch.equal(x, expected)  # shuffled
+    order, other = x[:, 0].argsort(), expected[:, 0].argsort()
+    torch.testing.assert_close(x[order], expected[other], rtol=1e-4, atol=1e-5)
+
+
+def test_text_that_ends_gives_the_whole_batches_that_it_holds(config):
+    contexts, _ = contexts_of(config, n=10)
+    x, _ = batches_of(config, contexts, 99)
+    assert len(x) == 10 * 31 // 128 * 128
+
+
+# ---- Training ------------------------------------------------------------------------------------
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(run):
+    return [p for sae in jsae.load_run(run)[:2] for p in sae.parameters()]
+
+
+def test_a_run_holds_what_the_design_says(config):
+    run = jsae.train(config)
+    names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    folders = [f"sae_{s}/{f}" for s in "xy" for f in ("cfg.json", "sae_weights.safetensors")]
+    assert names == {"config.json", "metrics.jsonl", *folders}
+    saved = json.loads((run / "config.json").read_text())
+    assert Config(**saved["config"]) == config and len(saved["mlp_sha256"]) == 64
+    rows = rows_of(run)
+    assert rows[-1]["step"] == 2000 // 128 and rows[-1]["tokens"] == 2000 // 128 * 128
+    expected = "step tokens mse_x mse_y ev_x ev_y jacobian_l1 dead_x dead_y lr seconds"
+    assert set(expected.split()) <= rows[-1].keys()
+    sae_x, sae_y, loaded = jsae.load_run(run)
+    assert loaded == config
+    torch.testing.assert_close(sae_x.W_dec.norm(dim=1), torch.ones(64))
+    torch.testing.assert_close(sae_y.W_dec.norm(dim=1), torch.ones(64))
+
+
+def test_training_lowers_the_loss_and_follows_the_schedules(config):
+    rows = rows_of(jsae.train(changed(config, tokens=128 * 100)))
+    assert rows[-1]["mse_x"] < 0.7 * rows[0]["mse_x"]
+    rates = {row["step"]: row["lr"] for row in rows}
+    assert rates[50] == config.lr and math.isclose(rates[90], config.lr * 11 / 20)
+    assert math.isclose(rates[100], config.lr / 20)
+    coefs = [row["coef"] for row in rows]
+    assert coefs[0] == config.jacobian_coef  # step 5 of 100: the warm-up over 5 % is complete
+    assert rows[0]["dead_x"] >= rows[-1]["dead_x"]
+
+
+def test_a_larger_coefficient_gives_a_smaller_jacobian(config):
+    runs = {
+        c: changed(config, jacobian_coef=c, tokens=128 * 60, overwrite=True) for c in (0.0, 3.0)
+    }
+    last = {c: rows_of(jsae.train(run))[-1] for c, run in runs.items()}
+    assert last[3.0]["jacobian_l1"] < 0.8 * last[0.0]["jacobian_l1"]  # measured at 0, too
+
+
+def test_two_runs_are_bit_identical_and_seeds_differ(config, tmp_path):
+    runs = [
+        jsae.train(changed(config, output_dir=str(tmp_path / n), seed=int(n == "c"))) for n in "abc"
+    ]
+    a, b, c = map(weights_of, runs)
+    assert all(map(torch.equal, a, b)) and not any(map(torch.equal, a[:1], c[:1]))
+    timing = ("seconds", "tokens_per_second")
+    strip = [
+        [{k: v for k, v in row.items() if k not in timing} for row in rows_of(r)] for r in runs
+    ]
+    assert strip[0] == strip[1] != strip[2]
+
+
+def test_saved_saes_follow_the_saelens_format(config):
+    run, x = jsae.train(config), torch.randn(9, 16)
+    for sae, s in zip(jsae.load_run(run), "xy"):
+        cfg = json.loads((run / f"sae_{s}" / "cfg.json").read_text())
+        expected = {"architecture": "topk", "d_in": 16, "d_sae": 64, "k": 4, "dtype": "float32"}
+        expected |= {"apply_b_dec_to_input": False, "rescale_acts_by_decoder_norm": False}
+        expected |= {"normalize_activations": "none", "reshape_activations": "none"}
+        assert expected.items() <= cfg.items() and cfg["metadata"]["sae_lens_version"] >= "6"
+        t = safetensors.torch.load_file(run / f"sae_{s}" / "sae_weights.safetensors")
+        values, idx = (x @ t["W_enc"] + t["b_enc"]).topk(4)
+        dense = torch.zeros(9, 64).scatter(1, idx, F.relu(values))
+        torch.testing.assert_close(dense @ t["W_dec"] + t["b_dec"], sae(x), rtol=1e-5, atol=1e-5)
+
+
+def test_random_controls_redraw_or_permute_every_parameter(config):
+    trained, _ = jsae.load_language_model(config, "cpu")
+    for how in ("init", "shuffle"):
+        control = changed(config, randomize_weights=how, seed=5)
+        model, again = (jsae.load_language_model(control, "cpu")[0] for _ in range(2))
+        for (name, p), q, old in zip(
+            model.named_parameters(), again.parameters(), trained.parameters()
+        ):
+            assert torch.equal(p, q) and p.shape == old.shape
+            constant = old.unique().numel() == 1  # norms and biases of this untrained model
+            assert constant or not torch.equal(p, old), name
+            if how == "shuffle":
+                assert torch.equal(p.flatten().sort().values, old.flatten().sort().values)
+    assert control.run_dir != changed(control, output_dir="").run_dir
+
+
+def test_numbers_that_break_stop_the_run_and_keep_the_last_good_weights(
+    config, monkeypatch, capsys
+):
+    real, calls = jsae.jsae_loss, []
+
+    def breaks(*args):
+        loss, parts = real(*args)
+        calls.append(1)
+        return loss * (math.nan if len(calls) == 5 else 1.0), parts
+
+    monkeypatch.setattr(jsae, "jsae_loss", breaks)
+    with pytest.raises(InputError, match="step 5"):
+        jsae.train(config)
+    tensors = safetensors.torch.load_file(
+        config.run_dir / "checkpoint" / "sae_x" / "sae_weights.safetensors"
+    )
+    assert all(t.isfinite().all() for t in tensors.values()) and tensors["b_dec"].any()
+    assert not (config.run_dir / "sae_x").exists()
+
+
+def test_a_hub_stream_that_ends_stops_the_run_with_its_weights_saved(config, monkeypatch):
+    documents = [{"text": "a b c d e f " * 40}] * 10
+    monkeypatch.setattr(jsae, "load_documents", lambda *_: (documents, False))
+    with pytest.raises(InputError, match="step"):
+        jsae.train(changed(config, tokens=10**6))
+    assert (config.run_dir / "checkpoint" / "sae_y" / "cfg.json").exists()
+
+
+def test_local_text_that_ends_starts_again_with_a_notice(config, capfd):
+    run = jsae.train(changed(config, tokens=60_000, batch_size=2048))
+    assert rows_of(run)[-1]["step"] == 29 and "ended" in capfd.readouterr().err
+
+
+# ---- Command line --------------------------------------------------------------------------------
+def flags(config, **settings):
+    names = ["model", "layer", "dataset", "k", "tokens", "batch_size", "expansion_factor"]
+    names += ["context_size", "buffer_batches", "output_dir"]
+    given = {name: getattr(config, name) for name in names} | settings
+    return [part for name, v in given.items() for part in (f"--{name.replace('_', '-')}", str(v))]
+
+
+def test_the_command_trains_prints_its_table_and_refuses_to_overwrite(config, capsys):
+    assert jsae.main(flags(config)) == 0
+    out = capsys.readouterr().out
+    for line in ("explained variance", "|J| > 0.01 per token", "tokens per second", "written to"):
+        assert line in out
+    before = weights_of(config.run_dir)
+    assert jsae.main(flags(config)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--overwrite" in error and all(map(torch.equal, before, weights_of(config.run_dir)))
+    assert jsae.main([*flags(config, seed=1), "--overwrite"]) == 0
+
+
+def test_without_a_model_the_demo_settings_stand_in_and_flags_win(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(jsae, "train", lambda config: given.append(config) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        jsae.main(["--k", "5", "--jacobian-coef", "0"])
+    demo = jsae.DEMO | {"k": 5, "jacobian_coef": 0.0}
+    assert all(getattr(given[0], name) == value for name, value in demo.items())
+    assert given[0].layer > 0 and "tiny-pythia" in capsys.readouterr().out
+    with pytest.raises(ZeroDivisionError):
+        jsae.main(["--model", "EleutherAI/pythia-70m"])
+    assert given[1] == Config() and Config().k == 32 and Config().batch_size == 4096
+
+
+BAD = [  # settings, what the line on stderr must say
+    ({"model": "no-such-folder-or-model"}, "no-such-folder-or-model"),
+    ({"dataset": "no/such-data-set"}, "no/such-data-set"),
+    ({"dataset": "no-such-file.txt"}, "no-such-file.txt"),
+    ({"layer": -1}, "--layer is -1"),
+    ({"layer": 1}, "--layer takes 0 to 0"),
+    ({"k": 65}, "k is 65; expected 1 to 64"),
+    ({"k": 0}, "--k is 0"),
+    ({"k": "many"}, "many"),
+    ({"tokens": 0}, "--tokens is 0"),
+    ({"tokens": 1.5}, "1.5"),
+    ({"tokens": 100}, "100"),
+    ({"batch_size": -4}, "--batch-size is -4"),
+    ({"expansion_factor": 0}, "--expansion-factor is 0"),
+    ({"buffer_batches": 0}, "--buffer-batches is 0"),
+    ({"context_size": 1}, "--context-size is 1"),
+    ({"seed": -1}, "--seed is -1"),
+    ({"lr": 0}, "--lr is 0"),
+    ({"lr": "inf"}, "--lr is inf"),
+    ({"lr": "nan"}, "--lr is nan"),
+    ({"jacobian_coef": -1}, "--jacobian-coef is -1"),
+    ({"jacobian_coef": "nan"}, "--jacobian-coef is nan"),
+    ({"jacobian_fraction": 0}, "--jacobian-fraction is 0"),
+    ({"jacobian_fraction": 1.5}, "--jacobian-fraction is 1.5"),
+    ({"dtype": "float16"}, "float16"),
+    ({"device": "tpu"}, "tpu"),
+    ({"randomize_weights": "yes"}, "yes"),
+    ({"no_such_flag": 1}, "--no-such-flag"),
+]
+
+
+def assert_refused(status, error, says, folder):
+    line = error.strip().splitlines()[-1]
+    assert status == 2 and says in line and "error: " in line and "Traceback" not in error
+    assert not (folder / "sae_x").exists()
+
+
+@pytest.mark.parametrize("settings, says", BAD, ids=[str(b) for b, _ in BAD])
+def test_bad_settings_get_one_line_and_status_2(settings, says, config, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status = jsae.main(flags(config, **settings))
+    assert_refused(status, capsys.readouterr().err, says, config.run_dir)
+    assert not config.run_dir.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there_is_refused(config, capsys):
+    status = jsae.main(flags(config, device="cuda"))
+    assert_refused(status, capsys.readouterr().err, "--device cuda", config.run_dir)
+
+
+DATA = {  # file name: (content, what the line on stderr must say)
+    "empty.txt": (b"", "empty.txt"),
+    "short.txt": (b"only a few words", "short.txt"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": ', "broken.jsonl"),
+    "other.jsonl": (b'{"body": "a"}\n', "body"),
+    "ids.jsonl": (b'{"input_ids": [5, 99999, 7]}\n', "99999"),
+    "broken.parquet": (b"PAR1 is not enough", "broken.parquet"),
+    "broken.jsonl.zst": (b"not compressed", "broken.jsonl.zst"),
+    "picture.png": (b"", "picture.png"),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_bad_data_gets_one_line_and_status_2(name, config, capsys, tmp_path):
+    content, says = DATA[name]
+    (tmp_path / name).write_bytes(content)
+    status = jsae.main(flags(config, dataset=tmp_path / name))
+    assert_refused(status, capsys.readouterr().err, says, config.run_dir)
+    assert not config.run_dir.exists()
+
+
+def test_an_output_folder_that_holds_something_else_is_left_alone(config, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    for name in ("file", "folder"):
+        status = jsae.main([*flags(config, output_dir=tmp_path / name), "--overwrite"])
+        assert_refused(status, capsys.readouterr().err, str(tmp_path / name), config.run_dir)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "folder" / "config.json").read_text() == "{}"
+
+
+def test_what_is_not_a_run_is_not_loaded(tmp_path):
+    with pytest.raises(InputError, match="is not a finished run"):
+        jsae.load_run(tmp_path)
+
+
+def run_alone(folder, *args):
+    """jsae.py as a program, in another folder; -> (status, stdout, stderr)."""
+    command = [sys.executable, folder / "jsae.py", *args]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_as_a_program_copied_alone(config, tmp_path):
+    shutil.copy(jsae.HERE / "jsae.py", tmp_path)
+    status, out, _ = run_alone(tmp_path, "--help")
+    assert status == 0 and "--jacobian-coef" in out.replace("_", "-")
+    status, _, error = run_alone(tmp_path)
+    assert status == 2 and "--model EleutherAI/pythia-70m --layer 3" in error
+    assert len(error.strip().splitlines()) == 1
+    status, out, error = run_alone(tmp_path, *flags(config))
+    assert status == 0 and "written to" in out, error
+    assert len(weights_of(Path(config.run_dir))) == 8
+    status, _, error = run_alone(tmp_path, *flags(config, k="x"))
+    assert_refused(status, error, "'x'", tmp_path)

@@ -190,7 +190,7 @@ class MLP(nn.Module):
         names = ("W_in", "b_in", "W_out", "b_out", "W_gate", "b_gate")
         self.sites, own = (), torch.promote_types(W_in.dtype, torch.float32)
         for name, t in zip(names, (W_in, b_in, W_out, b_out, W_gate, b_gate)):
-            self.register_buffer(name, None if t is None else t.detach().to(own).clone())
+            self.register_buffer(name, t if t is None else t.detach().to(own).contiguous().clone())
         self.act, self.act_grad = with_derivative(act)
 
     def forward(self, x):
@@ -587,7 +587,7 @@ def start_run(config, model, mlp, tokenizer, context_size):
     info["prepend_bos"] = tokenizer is not None and tokenizer.bos_token_id is not None
     info["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
     write_file(config.run_dir / "config.json", json.dumps(info, indent=2).encode())
-    (config.run_dir / "metrics.jsonl").touch()
+    write_file(config.run_dir / "metrics.jsonl", b"")
     return info
 
 

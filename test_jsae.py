@@ -1,6 +1,6 @@
 """Tests of jsae.py in the order of the paper: the Jacobian, the loss, real models, data, training, command line.
 
-python -m pytest        (about two minutes on two cores; no network)
+python -m pytest        (about a minute on two cores; no network)
 """
 
 import itertools
@@ -306,6 +306,7 @@ def test_mlp_of_every_architecture_reproduces_the_models_own(kind):
     assert model.training
     mlp = MLP.from_model(model, 1)
     assert model.training and (mlp.W_gate is not None) == (kind in GATED.split())
+    assert all(buffer.is_contiguous() for buffer in mlp.buffers())  # safetensors asks for it
     seen, model = [], model.eval()
     hook = mlp.sites[-1].register_forward_hook(lambda m, a, y: seen.append(y.detach().clone()))
     ids = torch.arange(3 * 20).reshape(3, 20) + 5

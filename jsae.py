@@ -150,6 +150,7 @@ class TopKSAE(nn.Module):
 
 # ---- The MLP and its derivative ------------------------------------------------------------------
 LINEAR = (nn.Linear, transformers.Conv1D)
+# Largest relative error at which a model's own MLP counts as reproduced.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 tanh_gelu, C = partial(F.gelu, approximate="tanh"), (8 / torch.pi) ** 0.5
 ACTIVATIONS = (  # (phi, phi')
@@ -258,9 +259,8 @@ def find_mlp(block, run, where) -> MLP:
         for *readers, down in permutations(maps) if len(maps) in (2, 3) else ():
             W_out, orders = weight_of(down), [[(weight_of(m), m.bias) for m in readers]]
             (W, b), *_ = orders[0]
-            if (
-                len(readers) == 1 and len(W) == 2 * W_out.shape[1]
-            ):  # W_in and W_gate, in either order, in one map
+            # W_in and W_gate, in either order, may be one map
+            if len(readers) == 1 and len(W) == 2 * W_out.shape[1]:
                 halves = list(zip(W.chunk(2), (None, None) if b is None else b.chunk(2)))
                 orders = [halves, halves[::-1]]
             for up, *gate in orders:
@@ -535,7 +535,7 @@ def train(config: Config) -> Path:
     saes = nn.ModuleList(TopKSAE(d_model, n_latents, config.k) for _ in "xy").to(device)
     adam = torch.optim.Adam(saes.parameters(), fused=True)
     seen_at = torch.zeros(2, n_latents, dtype=torch.long, device=device)  # tokens, per latent
-    bar, start = tqdm(total=steps * batch, unit="tok", unit_scale=True), time.time()
+    bar, start = tqdm(total=steps * batch, unit="tok", unit_scale=True, mininterval=1), time.time()
     try:
         for step, x in enumerate(batches, 1):
             if step == 1:  # nothing is written before it is known that the data can be read

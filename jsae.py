@@ -648,7 +648,7 @@ def main(argv=None) -> int:
         if demo and not (HERE / config.model).is_dir():
             raise InputError(f"no {config.model} here; try --model EleutherAI/pythia-70m --layer 3")
         if demo:
-            print("demo settings:", ", ".join(f"{name} {value}" for name, value in DEMO.items()))
+            print("demo settings:", ", ".join(f"{name} {getattr(config, name)}" for name in DEMO))
         run_dir = train(config)
     except (InputError, OSError) as error:
         print("jsae.py: error:", " ".join(str(error).split()), file=sys.stderr)

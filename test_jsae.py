@@ -765,3 +765,9 @@ def test_as_a_program_copied_alone(config, tmp_path):
     assert len(weights_of(Path(config.run_dir))) == 8
     status, _, error = run_alone(tmp_path, *flags(config, k="x"))
     assert_refused(status, error, "'x'", tmp_path)
+
+
+def test_the_readmes_snippet_runs():
+    snippet = (jsae.HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    snippet += "assert J.shape == (64, 16, 16) and sae_x.W_dec.grad.isfinite().all()"
+    subprocess.run([sys.executable, "-c", snippet], cwd=jsae.HERE, check=True, timeout=120)

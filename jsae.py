@@ -195,17 +195,18 @@ class MLP(nn.Module):
         self.act, self.act_grad = with_derivative(act)
 
     def forward(self, x):
-        return self.linearize(x)[0]
+        return self.linearize(x, slice(0))[0]
 
-    def linearize(self, x):
-        """x (..., d_model) -> (y, [(c, W), ...]): df/dx = W_out . sum of diag(c) W, c (..., d_mlp).
+    def linearize(self, x, t=slice(None)):
+        """x (B, d_model) -> (y, [(c, W), ...]); at x[t], df/dx = W_out . sum of diag(c) W.
         Plain: phi'(z), W_in (Eq. 12). Gated: h phi'(g), W_gate and phi(g), W_in (Eq. 22 to 28)."""
-        h = F.linear(x, self.W_in, self.b_in)  # (..., d_mlp)
+        h = F.linear(x, self.W_in, self.b_in)  # (..., d_mlp), like c
         if self.W_gate is None:
-            return F.linear(self.act(h), self.W_out, self.b_out), [(self.act_grad(h), self.W_in)]
+            return F.linear(self.act(h), self.W_out, self.b_out), [(self.act_grad(h[t]), self.W_in)]
         g = F.linear(x, self.W_gate, self.b_gate)
-        s, ds = self.act(g), self.act_grad(g)
-        return F.linear(h * s, self.W_out, self.b_out), [(h * ds, self.W_gate), (s, self.W_in)]
+        s = self.act(g)
+        gated = [(h[t] * self.act_grad(g[t]), self.W_gate), (s[t], self.W_in)]
+        return F.linear(h * s, self.W_out, self.b_out), gated
 
     @classmethod
     def from_model(cls, model, layer: int) -> "MLP":
@@ -283,8 +284,25 @@ def active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y):
     return left @ right.mT * (s_y.acts > 0).unsqueeze(-1) * (s_x.acts > 0).unsqueeze(-2)
 
 
-# The same at the speed of the hardware: equal values and gradients (given TopK's indices), but
-# nothing of size B x n_latents or B x k x d_mlp is kept for the backward pass.
+# The same at the speed of the hardware: equal values and gradients (given TopK's indices), with
+# nothing of size B x n_latents or B x k x d_mlp in memory, because tokens are taken in chunks.
+def chunks(B, bytes_per_token, x):
+    """Slices of range(B) whose work fits the cache of a CPU, or keeps a GPU busy."""
+    size = max(1, 2 ** (29 if x.is_cuda else 23) // bytes_per_token)
+    return [slice(i, i + size) for i in range(0, B, size)]
+
+
+def top_k(z, k, groups=32):
+    """Indices of the k largest of each row, (B, n) -> (B, k), in two stages: they lie in those k
+    columns of the row's (groups, n / groups) table that have the largest maxima."""
+    if z.shape[1] % groups or z.shape[1] // groups <= k:
+        return z.topk(k).indices
+    table = z.unflatten(1, (groups, -1))
+    column = table.amax(1).topk(k).indices  # (B, k)
+    i = table.gather(2, column.unsqueeze(1).expand(-1, groups, -1)).flatten(1).topk(k).indices
+    return i // k * table.shape[2] + column.gather(1, i % k)
+
+
 def weighted_rows(w, W, idx):  # sum_i w[b, i] W[idx[b, i]]: (B, d)
     return F.embedding_bag(idx, W, per_sample_weights=w, mode="sum")
 
@@ -296,9 +314,11 @@ class Encode(torch.autograd.Function):
 
     @staticmethod
     @torch.enable_grad()
-    def forward(ctx, x, W, b, k):
+    def forward(ctx, x, W, b, k, low):
         W, b = W.detach(), b.detach()
-        idx = F.linear(x, W, b).topk(k).indices  # autocast, if on, rules this product alone
+        rows, low_W, low_b = x.to(low), W.to(low), b.to(low)  # for the choice of latents alone
+        slices = chunks(len(x), len(W) * low.itemsize, x)
+        idx = torch.cat([top_k(F.linear(rows[t], low_W, low_b), k) for t in slices])
         w = torch.zeros_like(idx, dtype=W.dtype, requires_grad=True)
         acts = F.relu(torch.autograd.grad(weighted_rows(w, W, idx), w, x)[0] + b[idx])
         ctx.save_for_backward(x, W, acts, idx)
@@ -310,40 +330,48 @@ class Encode(torch.autograd.Function):
         x, W, acts, idx = ctx.saved_tensors
         grad, W = (grad * (acts > 0)).detach(), W.detach().requires_grad_()
         grad_b = grad.new_zeros(len(W)).index_add_(0, idx.flatten(), grad.flatten())
-        return None, torch.autograd.grad(weighted_rows(grad, W, idx), W, x)[0], grad_b, None
+        return None, torch.autograd.grad(weighted_rows(grad, W, idx), W, x)[0], grad_b, None, None
 
 
 class JacobianL1(torch.autograd.Function):
-    """Sum of |J| and its exact gradients, from one pass over chunks of tokens. With left = W_enc_y
-    W_out and right = W_dec_x W^T, a token's J is a d^T: a = left[K_2], d = sum of c * right[K_1]
-    (Eq. 16, 29). The gradient of sum |J| is the matrix of signs, S: it adds S d to the gradient of
-    left[K_2] and c * (S^T a) to that of right[K_1]."""
+    """Sum of |J| and its exact gradients, from one pass over chunks of tokens. With the tables
+    left = W_enc_y W_out and right = W_dec_x W^T of all latents in use, a token's J is a d^T:
+    a = left[K_2], d = sum of c * right[K_1] (Eq. 16, 29). The gradient of sum |J| is S, the signs
+    of J: left[K_2] gets S d from it, right[K_1] gets c * (S^T a). `low` is the dtype of the
+    products that make the tables and J; sums and gradients have the SAEs' own."""
 
     @staticmethod
-    def forward(ctx, mask, i_y, i_x, cs, left, *rights):
-        (B, k), d_mlp = i_y.shape, left.shape[1]
-        total = left.new_zeros((), dtype=mask.dtype)
-        grads = [torch.zeros_like(m, dtype=mask.dtype) for m in (left, *rights)]
-        chunk = max(1, 2 ** (28 if left.is_cuda else 23) // (k * d_mlp * left.element_size()))
-        for t in (slice(i, i + chunk) for i in range(0, B, chunk)):
-            i, j = i_y[t].flatten(), i_x[t].flatten()
+    def forward(ctx, W_enc_y, W_dec_x, s_y, s_x, W_out, derivative, low):
+        (in_y, i_y), (in_x, i_x) = (s.idx.unique(return_inverse=True) for s in (s_y, s_x))
+        dtype, (B, k), d_mlp = W_enc_y.dtype, i_y.shape, W_out.shape[1]
+        cs, maps = zip(*((c.unsqueeze(1), W.to(low)) for c, W in derivative))  # c (B, 1, d_mlp)
+        maps = (W_out.T.to(low), *maps)
+        rows = (W_enc_y[in_y].to(low), *[W_dec_x[in_x].to(low)] * len(cs))
+        tables = left, *rights = [w @ W.T for w, W in zip(rows, maps)]  # (latents in use, d_mlp)
+        grads, total = [t.new_zeros(t.shape, dtype=dtype) for t in tables], W_out.new_zeros(())
+        for t in chunks(B, k * d_mlp * dtype.itemsize, left):
+            i, j, c = i_y[t].flatten(), i_x[t].flatten(), [c[t] for c in cs]
             a = left.index_select(0, i).view(-1, k, d_mlp)  # (chunk, k, d_mlp)
-            d = rights[0].index_select(0, j).view(-1, k, d_mlp).mul_(cs[0][t])
-            for c, right in zip(cs[1:], rights[1:]):  # the second term of a gated MLP
-                d.addcmul_(c[t], right.index_select(0, j).view(-1, k, d_mlp))
-            J = a @ d.mT * mask[t]  # (chunk, k, k)
-            total += J.abs().sum()
-            S = J.sign().to(left.dtype)
-            back = S.mT @ a
-            gated = [c[t] * back for c in cs[1:]]
-            for grad, rows, added in zip(grads, (i, j, j), (S @ d, back.mul_(cs[0][t]), *gated)):
-                grad.index_add_(0, rows, added.flatten(0, 1).to(grad.dtype))
-        ctx.save_for_backward(*(grad.to(left.dtype) for grad in grads))
+            d = rights[0].index_select(0, j).view(-1, k, d_mlp).mul_(c[0].to(low))
+            for right, factor in zip(rights[1:], c[1:]):  # the second term of a gated MLP
+                d.addcmul_(right.index_select(0, j).view(-1, k, d_mlp), factor.to(low))
+            on = (s_y.acts[t] > 0).unsqueeze(2) & (s_x.acts[t] > 0).unsqueeze(1)
+            J = (a @ d.mT).to(dtype) * on  # (chunk, k, k)
+            total, S = total + J.abs().sum(), J.sign()
+            back = S.mT @ a.to(dtype)
+            grads[0].index_add_(0, i, (S @ d.to(dtype)).flatten(0, 1))
+            for grad, factor in zip(grads[1:], c):
+                grad.index_add_(0, j, (factor * back).flatten(0, 1))
+        grad_y, *grad_x = (grad.to(low) @ W for grad, W in zip(grads, maps))
+        ctx.save_for_backward(
+            torch.zeros_like(W_enc_y).index_copy_(0, in_y, grad_y.to(dtype)),
+            torch.zeros_like(W_dec_x).index_copy_(0, in_x, sum(grad_x).to(dtype)),
+        )
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        return None, None, None, None, *(grad.to(g.dtype) * g for g in ctx.saved_tensors)
+        return *(grad * g for g in ctx.saved_tensors), None, None, None, None, None
 
 
 def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
@@ -352,25 +380,23 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
     jacobian_l1: mean |J| over k x k and a random share jacobian_fraction of the tokens, without the
     coefficient (absent at 0). Under torch.autocast its dtype serves the large products only."""
     x, loss, parts = x.detach().to(sae_x.W_enc.dtype), 0.0, {}
+    device = x.device.type
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    n = max(1, round(jacobian_fraction * len(x))) if jacobian_coef else 0
+    t = torch.randperm(len(x), device=x.device)[:n] if 0 < n < len(x) else slice(n)
     with torch.no_grad():
-        y, derivative = mlp.linearize(x)
-    for name, sae, v in (("x", sae_x, x), ("y", sae_y, y.to(x.dtype))):
-        acts, idx = Encode.apply(v, sae.W_enc, sae.b_enc, sae.k)
-        mse = F.mse_loss(weighted_rows(acts, sae.W_dec, idx) + sae.b_dec, v)
-        loss = loss + mse
-        parts |= {f"mse_{name}": mse.detach(), f"s_{name}": Latents(acts.detach(), idx)}
-    if jacobian_coef:
-        n = max(1, round(jacobian_fraction * len(x)))
-        t = torch.randperm(len(x), device=x.device)[:n] if n < len(x) else slice(None)
-        (acts_x, idx_x), (acts_y, idx_y) = ((v[t] for v in parts[s]) for s in ("s_x", "s_y"))
-        on = (acts_y > 0).unsqueeze(2) & (acts_x > 0).unsqueeze(1)  # (B, k, k)
-        (rows_x, i_x), (rows_y, i_y) = (i.unique(return_inverse=True) for i in (idx_x, idx_y))
-        left = F.linear(sae_y.W_enc.index_select(0, rows_y), mlp.W_out.T)  # (active here, d_mlp)
-        rights = [F.linear(sae_x.W_dec.index_select(0, rows_x), W) for _, W in derivative]
-        cs = [c[t].to(left.dtype).unsqueeze(1) for c, _ in derivative]  # (B, 1, d_mlp)
-        total = JacobianL1.apply(on.to(x.dtype), i_y, i_x, cs, left, *rights)
-        parts["jacobian_l1"] = total.detach() / on.numel()
-        loss = loss + jacobian_coef / on.numel() * total
+        y, derivative = mlp.linearize(x, t)
+    with torch.autocast(device, enabled=False):
+        for name, sae, v in (("x", sae_x, x), ("y", sae_y, y.to(x.dtype))):
+            acts, idx = Encode.apply(v, sae.W_enc, sae.b_enc, sae.k, low)
+            mse = F.mse_loss(weighted_rows(acts, sae.W_dec, idx) + sae.b_dec, v)
+            loss = loss + mse
+            parts |= {f"mse_{name}": mse.detach(), f"s_{name}": Latents(acts.detach(), idx)}
+        if n:
+            s_y, s_x = (Latents(*(v[t] for v in parts[s])) for s in ("s_y", "s_x"))
+            args = (sae_y.W_enc, sae_x.W_dec, s_y, s_x, mlp.W_out, derivative, low)
+            mean = JacobianL1.apply(*args) / (n * sae_y.k * sae_x.k)
+            loss, parts["jacobian_l1"] = loss + jacobian_coef * mean, mean.detach()
     return loss, parts
 
 

@@ -360,8 +360,9 @@ class JacobianL1(torch.autograd.Function):
             total, S = total + J.abs().sum(), J.sign()
             back = S.mT @ a.to(dtype)
             grads[0].index_add_(0, i, (S @ d.to(dtype)).flatten(0, 1))
-            for grad, factor in zip(grads[1:], c):
-                grad.index_add_(0, j, (factor * back).flatten(0, 1))
+            gated = [factor * back for factor in c[1:]]
+            for grad, rows in zip(grads[1:], (back.mul_(c[0]), *gated)):
+                grad.index_add_(0, j, rows.flatten(0, 1))
         grad_y, *grad_x = (grad.to(low) @ W for grad, W in zip(grads, maps))
         ctx.save_for_backward(
             torch.zeros_like(W_enc_y).index_copy_(0, in_y, grad_y.to(dtype)),

@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "transformers>=4.56", "datasets>=3.0", "numpy", "zstandard"]
-# ///
 """Jacobian Sparse Autoencoders (JSAEs): the reference implementation, in one file.
 Farnik et al.: Jacobian Sparse Autoencoders: Sparsify Computations, Not Just Activations. ICML 2025,
 arXiv 2502.18147. Two TopK autoencoders, on the input x and the output y of a transformer's MLP f,
@@ -22,8 +18,7 @@ are trained so that their latents are sparse and so is the Jacobian J of the map
     J^(active)            J (B, k, k), J[b, i, j] = d s_y,i / d s_x,j
     R, lambda             expansion_factor = n_latents / d_model, jacobian_coef
 
-Readings: phi' is taken at the true x (the stable setup, D.1), a batch is 4096 tokens, decoder rows
-keep unit norm, the first token of a context is left out. The README gives them all, with reasons.
+phi' is taken at the true x (D.1). The README has all readings of the paper, with reasons.
 """
 
 import dataclasses
@@ -47,7 +42,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -150,7 +144,6 @@ class TopKSAE(nn.Module):
 
 # ---- The MLP and its derivative ------------------------------------------------------------------
 LINEAR = (nn.Linear, transformers.Conv1D)
-# Largest relative error at which a model's own MLP counts as reproduced.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 tanh_gelu, C = partial(F.gelu, approximate="tanh"), (8 / torch.pi) ** 0.5
 ACTIVATIONS = (  # (phi, phi')
@@ -222,35 +215,31 @@ class MLP(nn.Module):
     @classmethod
     def from_module(cls, module) -> "MLP":
         """The MLP that module(x) computes. ValueError if it is not one dense MLP."""
-        W = [weight_of(m) for m in module.modules() if isinstance(m, LINEAR)]
-        if not W:
+        maps = [m for m in module.modules() if isinstance(m, LINEAR)]
+        if not maps:
             raise InputError(f"{type(module).__name__} has no linear map; expected a dense MLP")
-        x = torch.randn(2, 16, W[0].shape[1], generator=torch.Generator().manual_seed(0)).to(W[0])
+        W = maps[0].weight.T if isinstance(maps[0], nn.Linear) else maps[0].weight  # (in, out)
+        x = torch.randn(2, 16, len(W), generator=torch.Generator().manual_seed(0)).to(W)
         return find_mlp(module, partial(module, x), type(module).__name__)
-
-
-def weight_of(linear):  # (out, in); transformers' Conv1D stores the transpose
-    return linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
 
 
 @torch.no_grad()
 def find_mlp(block, run, where) -> MLP:
     """The MLP in `block`: two or three linear maps, children of one module, that run() calls. Every
     reading (which map, or half of one, is which; which function is phi) is tried on what entered
-    and left the maps; the one that reproduces it is returned."""
+    and left the maps; the one that reproduces it, up to TOLERANCE, is returned."""
     names = " ".join(f"{name} {type(m).__name__}" for name, m in block.named_modules()).lower()
     if "expert" in names or "moe" in names:
         raise InputError(f"{where} is a mixture of experts; expected one dense MLP")
-    seen, inside, training = {}, list(block.modules()), block.training
+    seen, inside = {}, list(block.modules())
 
-    def observe(module, args, output):
-        if module in inside and isinstance(module, LINEAR):  # models may add to these in place
-            seen[module] = args[0].clone(), output.clone()
+    def observe(module, args, output):  # copies, because models may add to x and y in place
+        if module in inside and isinstance(module, LINEAR):
+            W = module.weight if isinstance(module, nn.Linear) else module.weight.T  # (out, in)
+            seen[module] = W, module.bias, args[0].clone(), output.clone()
 
     with nn.modules.module.register_module_forward_hook(observe):
-        block.eval()
         run()
-    block.train(training)
     others, acts = [m for m in inside if m not in seen], {}
     for f in [f for m in others for f in (m, *vars(m).values())] + [phi for phi, _ in ACTIVATIONS]:
         with suppress(TypeError, ValueError, RuntimeError, AttributeError, LookupError):
@@ -258,17 +247,14 @@ def find_mlp(block, run, where) -> MLP:
     for act, parent in product(acts, others):
         maps = [m for m in parent.children() if m in seen]
         for *readers, down in permutations(maps) if len(maps) in (2, 3) else ():
-            W_out, orders = weight_of(down), [[(weight_of(m), m.bias) for m in readers]]
-            (W, b), *_ = orders[0]
-            # W_in and W_gate, in either order, may be one map
-            if len(readers) == 1 and len(W) == 2 * W_out.shape[1]:
-                halves = list(zip(W.chunk(2), (None, None) if b is None else b.chunk(2)))
-                orders = [halves, halves[::-1]]
-            for up, *gate in orders:
+            (W_out, b_out, _, y), whole = seen[down], [seen[m][:2] for m in readers]
+            (W, b), *_ = whole  # may hold W_in and W_gate, in either order
+            halves = list(zip(W.chunk(2), (None, None) if b is None else b.chunk(2)))
+            for up, *gate in (whole, halves, halves[::-1]):
                 if all(W.T.shape == W_out.shape for W, _ in (up, *gate)):
-                    mlp = MLP(*up, W_out, down.bias, *(gate[0] if gate else ()), act=act)
+                    mlp = MLP(*up, W_out, b_out, *(gate[0] if gate else ()), act=act)
                     mlp.sites = (*sorted(readers, key=list(seen).index), down)
-                    x, y = seen[readers[0]][0].to(mlp.W_in.dtype), seen[down][1]
+                    x = seen[readers[0]][2].to(mlp.W_in.dtype)
                     if (mlp(x) - y).norm() <= TOLERANCE[y.dtype] * y.norm():
                         return mlp
     raise InputError(f"{where} has no single dense MLP, plain or gated, that can be reproduced")
@@ -284,19 +270,17 @@ def active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y):
     return left @ right.mT * (s_y.acts > 0).unsqueeze(-1) * (s_x.acts > 0).unsqueeze(-2)
 
 
-# The same at the speed of the hardware: equal values and gradients (given TopK's indices), with
-# nothing of size B x n_latents or B x k x d_mlp in memory, because tokens are taken in chunks.
+# The same at the speed of the hardware, with nothing of size B x n_latents or B x k x d_mlp.
 def chunks(B, bytes_per_token, x):
-    """Slices of range(B) whose work fits the cache of a CPU, or keeps a GPU busy."""
+    """Slices of range(B), of tokens whose work fits the cache of a CPU or keeps a GPU busy."""
     size = max(1, 2 ** (29 if x.is_cuda else 23) // bytes_per_token)
     return [slice(i, i + size) for i in range(0, B, size)]
 
 
-def top_k(z, k, groups=32):
+def top_k(z, k):
     """Indices of the k largest of each row, (B, n) -> (B, k), in two stages: they lie in those k
     columns of the row's (groups, n / groups) table that have the largest maxima."""
-    if z.shape[1] % groups or z.shape[1] // groups <= k:
-        return z.topk(k).indices
+    groups = 32 if z.shape[1] % 32 == 0 and z.shape[1] >= 32 * k else 1
     table = z.unflatten(1, (groups, -1))
     column = table.amax(1).topk(k).indices  # (B, k)
     i = table.gather(2, column.unsqueeze(1).expand(-1, groups, -1)).flatten(1).topk(k).indices
@@ -334,45 +318,32 @@ class Encode(torch.autograd.Function):
 
 
 class JacobianL1(torch.autograd.Function):
-    """Sum of |J| and its exact gradients, from one pass over chunks of tokens. With the tables
-    left = W_enc_y W_out and right = W_dec_x W^T of all latents in use, a token's J is a d^T:
-    a = left[K_2], d = sum of c * right[K_1] (Eq. 16, 29). The gradient of sum |J| is S, the signs
-    of J: left[K_2] gets S d from it, right[K_1] gets c * (S^T a). `low` is the dtype of the
-    products that make the tables and J; sums and gradients have the SAEs' own."""
+    """Sum of |J| and its exact gradients, from one pass over chunks of tokens. With left = W_enc_y
+    W_out and right = W_dec_x W^T, a token's J is a d^T: a = left[K_2], d = sum of c * right[K_1]
+    (Eq. 16, 29). The gradient of sum |J| is S, its signs: left[K_2] gets S d, right[K_1] gets
+    c * (S^T a). J has the dtype of the tables; sums and gradients have that of the mask."""
 
     @staticmethod
-    def forward(ctx, W_enc_y, W_dec_x, s_y, s_x, W_out, derivative, low):
-        (in_y, i_y), (in_x, i_x) = (s.idx.unique(return_inverse=True) for s in (s_y, s_x))
-        dtype, (B, k), d_mlp = W_enc_y.dtype, i_y.shape, W_out.shape[1]
-        cs, maps = zip(*((c.unsqueeze(1), W.to(low)) for c, W in derivative))  # c (B, 1, d_mlp)
-        maps = (W_out.T.to(low), *maps)
-        rows = (W_enc_y[in_y].to(low), *[W_dec_x[in_x].to(low)] * len(cs))
-        tables = left, *rights = [w @ W.T for w, W in zip(rows, maps)]  # (latents in use, d_mlp)
-        grads, total = [t.new_zeros(t.shape, dtype=dtype) for t in tables], W_out.new_zeros(())
+    def forward(ctx, mask, i_y, i_x, cs, left, *rights):
+        (B, k), d_mlp, dtype, total = i_y.shape, left.shape[1], mask.dtype, mask.new_zeros(())
+        grads = [torch.zeros_like(table, dtype=dtype) for table in (left, *rights)]
         for t in chunks(B, k * d_mlp * dtype.itemsize, left):
             i, j, c = i_y[t].flatten(), i_x[t].flatten(), [c[t] for c in cs]
             a = left.index_select(0, i).view(-1, k, d_mlp)  # (chunk, k, d_mlp)
-            d = rights[0].index_select(0, j).view(-1, k, d_mlp).mul_(c[0].to(low))
-            for right, factor in zip(rights[1:], c[1:]):  # the second term of a gated MLP
-                d.addcmul_(right.index_select(0, j).view(-1, k, d_mlp), factor.to(low))
-            on = (s_y.acts[t] > 0).unsqueeze(2) & (s_x.acts[t] > 0).unsqueeze(1)
-            J = (a @ d.mT).to(dtype) * on  # (chunk, k, k)
+            d, *gated = (right.index_select(0, j).view(-1, k, d_mlp) for right in rights)
+            d = sum((f.to(d.dtype) * r for f, r in zip(c[1:], gated)), d.mul_(c[0].to(d.dtype)))
+            J = a @ d.mT * mask[t]  # (chunk, k, k)
             total, S = total + J.abs().sum(), J.sign()
             back = S.mT @ a.to(dtype)
             grads[0].index_add_(0, i, (S @ d.to(dtype)).flatten(0, 1))
-            gated = [factor * back for factor in c[1:]]
-            for grad, rows in zip(grads[1:], (back.mul_(c[0]), *gated)):
-                grad.index_add_(0, j, rows.flatten(0, 1))
-        grad_y, *grad_x = (grad.to(low) @ W for grad, W in zip(grads, maps))
-        ctx.save_for_backward(
-            torch.zeros_like(W_enc_y).index_copy_(0, in_y, grad_y.to(dtype)),
-            torch.zeros_like(W_dec_x).index_copy_(0, in_x, sum(grad_x).to(dtype)),
-        )
+            for grad, factor in zip(grads[1:], c):
+                grad.index_add_(0, j, (factor * back).flatten(0, 1))
+        ctx.save_for_backward(*(grad.to(left.dtype) for grad in grads))
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        return *(grad * g for g in ctx.saved_tensors), None, None, None, None, None
+        return None, None, None, None, *(grad.to(g.dtype) * g for g in ctx.saved_tensors)
 
 
 def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
@@ -385,8 +356,7 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     n = max(1, round(jacobian_fraction * len(x))) if jacobian_coef else 0
     t = torch.randperm(len(x), device=x.device)[:n] if 0 < n < len(x) else slice(n)
-    with torch.no_grad():
-        y, derivative = mlp.linearize(x, t)
+    y, derivative = mlp.linearize(x, t)
     with torch.autocast(device, enabled=False):
         for name, sae, v in (("x", sae_x, x), ("y", sae_y, y.to(x.dtype))):
             acts, idx = Encode.apply(v, sae.W_enc, sae.b_enc, sae.k, low)
@@ -394,14 +364,19 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
             loss = loss + mse
             parts |= {f"mse_{name}": mse.detach(), f"s_{name}": Latents(acts.detach(), idx)}
         if n:
-            s_y, s_x = (Latents(*(v[t] for v in parts[s])) for s in ("s_y", "s_x"))
-            args = (sae_y.W_enc, sae_x.W_dec, s_y, s_x, mlp.W_out, derivative, low)
-            mean = JacobianL1.apply(*args) / (n * sae_y.k * sae_x.k)
+            (acts_x, idx_x), (acts_y, idx_y) = ((v[t] for v in parts[s]) for s in ("s_x", "s_y"))
+            mask = (acts_y > 0).unsqueeze(2) & (acts_x > 0).unsqueeze(1)  # (n, k, k)
+            (rows_x, i_x), (rows_y, i_y) = (i.unique(return_inverse=True) for i in (idx_x, idx_y))
+            left = sae_y.W_enc.index_select(0, rows_y).to(low) @ mlp.W_out.to(low)
+            rows = sae_x.W_dec.index_select(0, rows_x).to(low)  # (latents in use, d_model)
+            rights = [rows @ W.T.to(low) for _, W in derivative]  # (latents in use, d_mlp)
+            cs = [c.unsqueeze(1).to(x.dtype) for c, _ in derivative]  # (n, 1, d_mlp)
+            mean = JacobianL1.apply(mask.to(x.dtype), i_y, i_x, cs, left, *rights) / mask.numel()
             loss, parts["jacobian_l1"] = loss + jacobian_coef * mean, mean.detach()
     return loss, parts
 
 
-# ---- Language model and text ---------------------------------------------------------------------
+# ---- Language model, text, activations -----------------------------------------------------------
 def load_language_model(config, device):
     """-> (model in float32, frozen; tokenizer or None). The control of section 5.3, from the seed:
     init re-draws every parameter as the model's own initialiser does, shuffle permutes each."""
@@ -486,7 +461,6 @@ def token_contexts(config, model, tokenizer, context_size, held_out=False):
         raise InputError(f"--dataset {config.dataset}: {error}") from error
 
 
-# ---- Activations ---------------------------------------------------------------------------------
 @torch.no_grad()
 def mlp_inputs(model, mlp, ids):
     """Token ids (contexts, T) -> x (contexts, T, d_model). Leaves the forward pass at the MLP."""
@@ -502,8 +476,7 @@ def mlp_inputs(model, mlp, ids):
 
 
 def activation_batches(config, model, mlp, contexts, steps, autocast):
-    """Yield `steps` batches x (batch_size, d_model), fewer if the contexts end. A buffer of
-    buffer_batches is filled, shuffled and used up, with nothing carried over."""
+    """Yield up to `steps` batches x (batch_size, d_model) from a buffer that is used up, refilled."""
     shuffle, skip = torch.Generator().manual_seed(config.seed), 0 if config.keep_first_token else 1
     batch, most, width = config.batch_size, config.buffer_batches, config.context_size - skip
     buffer = torch.empty(batch * min(steps, most), mlp.W_in.shape[1], device=model.device)
@@ -535,9 +508,9 @@ def measure(sae_x, sae_y, mlp, x, parts):
 
 
 def train(config: Config) -> Path:
-    """Train a pair of SAEs, write the run directory and return its path. lr is warmed up over 1 %
-    of the steps and falls to 0 over the last 20 %, lambda is warmed up over 5 %. InputError if a
-    setting cannot be used, the text ends or a number breaks: checkpoint/ has what was trained."""
+    """Train a pair, write and return the run's folder. Warm-up: lr 1 % of the steps, lambda 5 %; lr
+    falls to 0 over the last 20 %. InputError if a setting cannot be used, the text ends or a number
+    breaks: checkpoint/ has what was trained."""
     out, held = config.run_dir, {path.name for path in config.run_dir.glob("*")}
     replaceable = config.overwrite and {"config.json", "metrics.jsonl"} <= held
     if out.is_file() or (held and not replaceable):
@@ -657,7 +630,14 @@ def load_run(path_or_hub_id):
             tensors = safetensors.torch.load_file(folder / f"sae_{s}" / "sae_weights.safetensors")
             saes.append(TopKSAE(*tensors["W_enc"].shape, config.k))
             saes[-1].load_state_dict(tensors | {"W_enc": tensors["W_enc"].T})
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+        safetensors.SafetensorError,
+    ) as error:
         raise InputError(f"{path_or_hub_id} is not a finished run ({error})") from error
     return *saes, config
 

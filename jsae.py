@@ -476,7 +476,7 @@ def mlp_inputs(model, mlp, ids):
 
 
 def activation_batches(config, model, mlp, contexts, steps, autocast):
-    """Yield up to `steps` batches x (batch_size, d_model) from a buffer that is used up, refilled."""
+    """Yield up to `steps` batches x (batch_size, d_model), shuffled in a buffer that is used up."""
     shuffle, skip = torch.Generator().manual_seed(config.seed), 0 if config.keep_first_token else 1
     batch, most, width = config.batch_size, config.buffer_batches, config.context_size - skip
     buffer = torch.empty(batch * min(steps, most), mlp.W_in.shape[1], device=model.device)

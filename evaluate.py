@@ -1,0 +1,701 @@
+"""Evaluation of Jacobian SAEs: the measures of the paper, and scale-free ones beside them.
+
+    python evaluate.py runs/A                one run: evaluation.json, figures/, report.html
+    python evaluate.py runs/A runs/B         side by side, with one report in the first one's folder
+    python evaluate.py runs/* --reuse --plot jacobian_coef jacobian.hoyer       a sweep, drawn
+
+Every number is of held-out text: local data and stdlib hold out a part (jsae.token_contexts), runs
+on hub data are evaluated on C4's validation split, --dataset names another one. The first token of
+a context is left out unless the run kept it. Each function says how its numbers are defined."""
+
+import argparse
+import base64
+import dataclasses
+import hashlib
+import html
+import json
+import math
+import sys
+from collections import Counter
+from contextlib import ExitStack, suppress
+from copy import deepcopy
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+
+import jsae
+from jsae import InputError, Latents, active_jacobian
+
+KINDS = ("linear", "jumprelu", "other")
+SCALES = ("raw", "l1", "l2", "linf")  # J as it is, or divided by a norm of each token's J
+BIN, BINS = 0.001, 1100  # histogram of |J|: 1100 bins and one for all that lies above
+WINDOW, WINDOWS, PICTURES = 16, 12, 4  # tokens of an example, examples of a latent, pictures of J
+GRID, LARGEST = 100, 5.0  # points of [0, max(5, s + 1)] at which a function of one latent is taken
+
+
+# ---- Text and activations ------------------------------------------------------------------------
+def held_out_contexts(config, options, model, tokenizer, context_size):
+    """Yield token ids (contexts, T), --batch-size contexts at a time, --tokens evaluated tokens in
+    all, rounded up to whole contexts. InputError if the held-out text has fewer."""
+    local = config.dataset == "stdlib" or Path(config.dataset).exists()
+    own = (config.dataset, config.split) if local else ("allenai/c4:en", "validation")
+    dataset, split = (options.dataset, options.split) if options.dataset else own
+    config = dataclasses.replace(config, dataset=dataset, split=split)
+    width = context_size - (not config.keep_first_token)
+    n, found = math.ceil(options.tokens / width), 0
+    contexts = islice(jsae.token_contexts(config, model, tokenizer, context_size, True), n)
+    while batch := list(islice(contexts, options.batch_size)):
+        found += len(batch)
+        yield torch.tensor(np.stack(batch), device=model.device)
+    if found < n:
+        raise InputError(f"--tokens {options.tokens}; {dataset} has {found * width} held out")
+
+
+# ---- Reconstruction ------------------------------------------------------------------------------
+def reconstruction_sums(sae, v, latents):
+    """Sums over tokens from which `reconstruction` computes its numbers. v (B, d_model)."""
+    v_hat, v = sae.decode(latents).double(), v.double()
+    sums = {"error": (v_hat - v).square().sum(), "squares": v.square().sum(), "total": v.sum(0)}
+    sums["cosine"] = torch.cosine_similarity(v_hat, v).sum()
+    fired = torch.bincount(latents.idx[latents.acts > 0], minlength=sae.n_latents)
+    return sums | {"fired": fired}
+
+
+def reconstruction(sums, tokens):
+    """mse: mean over all elements. fvu: squared error / squares about the mean, over all elements;
+    explained_variance = 1 - fvu. cosine: mean over tokens. dead: latents without a positive value.
+    rare: latents below one token in 10^6, null if fewer were evaluated. density: how many latents
+    have a positive value on 10^-6 to 10^-5.5, ... of the tokens (lower ends in density_log10)."""
+    variance = sums["squares"] - sums["total"].square().sum() / tokens
+    fvu = (sums["error"] / variance).item()
+    share = sums["fired"].double() / tokens
+    edges = np.arange(-6, 0.5, 0.5)
+    density = np.histogram(share[share > 0].log10().cpu().clamp(min=-6), edges)[0]
+    result = {"mse": (sums["error"] / (tokens * len(sums["total"]))).item(), "fvu": fvu}
+    result |= {"explained_variance": 1 - fvu, "cosine": (sums["cosine"] / tokens).item()}
+    rare = int((share < 1e-6).sum()) if tokens >= 10**6 else None
+    result |= {"dead": int((share == 0).sum()), "rare": rare}
+    return result | {"density": density.tolist(), "density_log10": edges[:-1].tolist()}
+
+
+# ---- Model performance ---------------------------------------------------------------------------
+def log_probabilities(model, mlp, ids, skip, site=None, replace=None):
+    """-> (contexts, predictions, vocabulary): of the model's predictions of the next token, those
+    made at a first token left out. At all other tokens `replace` maps x to a new x (site "x"), or x
+    and y to a new y (site "y")."""
+    seen = []
+
+    def replaced(old, new):
+        old = old.reshape(*ids.shape, -1)
+        return torch.cat([old[:, :skip], new.view_as(old)[:, skip:].to(old.dtype)], 1)
+
+    def before(_, args):
+        seen.append(args[0])
+        new = replaced(args[0], replace(args[0])) if site == "x" else args[0]
+        return (new.view_as(args[0]), *args[1:])
+
+    def after(_, args, output):
+        return replaced(output, replace(seen[-1], output)).view_as(output)
+
+    *readers, writer = mlp.sites
+    with ExitStack() as hooks:
+        for reader in readers if site else ():
+            hooks.enter_context(reader.register_forward_pre_hook(before))
+        if site == "y":
+            hooks.enter_context(writer.register_forward_hook(after))
+        logits = model(input_ids=ids, use_cache=False).logits
+    return logits[:, skip:-1].log_softmax(-1)
+
+
+def performance_sums(model, mlp, sae_x, sae_y, ids, skip):
+    """Summed cross-entropy (nats) of the model as it is and with a site replaced, and summed
+    KL(clean || replaced). Sites: x by x_hat; y by y_hat; both: the whole path x -> s_x -> f_s ->
+    s_y -> y_hat in y's place. Ablated: x or y is set to zero."""
+    x_sites = {"x": sae_x, "x_ablated": torch.zeros_like}
+    y_sites = {"y": lambda x, y: sae_y(y), "both": lambda x, y: sae_y(mlp(sae_x(x)))}
+    y_sites["y_ablated"] = lambda x, y: torch.zeros_like(y)
+    target = ids[:, skip + 1 :].unsqueeze(-1)
+    clean = log_probabilities(model, mlp, ids, skip)
+    sums = {"clean": -clean.gather(-1, target).double().sum()}
+    for name, replace in (x_sites | y_sites).items():
+        site = "x" if name in x_sites else "y"
+        logp = log_probabilities(model, mlp, ids, skip, site, replace)
+        sums[name] = -logp.gather(-1, target).double().sum()
+        if "ablated" not in name:
+            sums[f"kl_{name}"] = (clean.exp() * (clean - logp)).double().sum()
+    return sums | {"predictions": torch.tensor(target.numel())}
+
+
+def performance(sums):
+    """Means over tokens. score = (ablated - sae) / (ablated - clean), 1 is perfect; its complement
+    is increase_ratio, Appendix E's wording. both: with y's ablation."""
+    mean = {name: (value / sums["predictions"]).item() for name, value in sums.items()}
+    result = {"clean": mean["clean"]}
+    for site in ("x", "y", "both"):
+        ablated = mean["y_ablated" if site == "both" else f"{site}_ablated"]
+        ratio = (mean[site] - mean["clean"]) / (ablated - mean["clean"] or math.nan)
+        result[site] = {"sae": mean[site], "ablated": ablated, "kl": mean[f"kl_{site}"]}
+        result[site] |= {"score": 1 - ratio, "increase_ratio": ratio}
+    return result
+
+
+# ---- Jacobian ------------------------------------------------------------------------------------
+def jacobian_sums(J, thresholds):
+    """Sums over tokens of the measures that `jacobian` explains. J (B, k, k)."""
+    A = J.abs().flatten(1).double()  # (B, N)
+    l1, l2, linf, N = A.sum(1), A.norm(dim=1), A.amax(1), A.shape[1]
+    squares, fourth = A.square().sum(1), A.pow(4).sum(1)
+    some = l1 > 0  # a token without any active pair has norms 0 and counts as 0 below
+    norms = {"l1": l1, "l2": l2, "l4": fourth.pow(0.25), "linf": linf}
+    sums = {f"norm_{name}": norm.sum() for name, norm in norms.items()}
+    for scale in SCALES:
+        scaled = A if scale == "raw" else A[some] / norms[scale][some].unsqueeze(1)
+        sums[f"above_{scale}"] = torch.stack([(scaled > t).sum() for t in thresholds])
+    mass = A.sort(1, descending=True).values.cumsum(1)
+    for share in (50, 90, 99):
+        enough = mass < share / 100 * mass[:, -1:]
+        sums[f"mass_{share}"] = (enough.sum(1) + 1)[some].sum()
+    sums["hoyer"] = ((math.sqrt(N) - l1 / l2) / (math.sqrt(N) - 1 or 1))[some].sum()
+    sums["participation"] = (squares.square() / fourth)[some].sum()
+    bins = (A.flatten() / BIN).long().clamp(max=BINS)
+    return sums | {"histogram": torch.bincount(bins, minlength=BINS + 1)}
+
+
+def jacobian(sums, tokens, thresholds, elements):
+    """Means per token, N = k^2 elements. count_above, share_above: elements with |J| above each
+    threshold, raw and with each token's J divided by its L1, L2 or Linf norm. norms: of J as a
+    vector. mass: how many of the largest elements hold 50, 90, 99 % of the sum of |J|. hoyer:
+    (sqrt N - L1/L2) / (sqrt N - 1), 0 if all elements are equal, 1 if one is not 0. participation:
+    (sum J^2)^2 / sum J^4, about the number of elements that matter. histogram: elements in bins of
+    0.001, the last one holds all from 1.1 on; sums over all tokens."""
+    mean = {name: (value / tokens).tolist() for name, value in sums.items()}
+    above = {scale: mean[f"above_{scale}"] for scale in SCALES}
+    result = {"thresholds": thresholds, "elements": elements, "count_above": above}
+    result["share_above"] = {s: [n / elements for n in counts] for s, counts in above.items()}
+    result["norms"] = {name: mean[f"norm_{name}"] for name in ("l1", "l2", "l4", "linf")}
+    result["mass"] = {str(share): mean[f"mass_{share}"] for share in (50, 90, 99)}
+    result |= {name: mean[name] for name in ("hoyer", "participation")}
+    return result | {"histogram": sums["histogram"].tolist()}
+
+
+class GlobalJacobian:
+    """Figure 36: mean |J_ij| over the tokens on which output latent i is active, where an input
+    latent that is not active counts as 0. All n output latents, or if n is above 4096 a random
+    sample of 2^24 / n, so that memory is bounded and shares stay unbiased; and the given `rows`."""
+
+    def __init__(self, n, rows, generator, device):
+        size = max(1, min(n, 2**24 // n))
+        drawn = torch.randperm(n, generator=generator)[:size].sort().values.tolist()
+        self.rows = torch.tensor([*drawn, *({*rows} - {*drawn})], device=device)
+        self.where = torch.full((n,), -1, device=device)  # row of an output latent
+        self.where[self.rows] = torch.arange(len(self.rows), device=device)
+        self.tokens = torch.zeros(len(self.rows), dtype=torch.float64, device=device)
+        # sums of |J|, J, J^2 and the number of tokens on which both latents are active
+        self.sums = torch.zeros(4, len(self.rows) * n, dtype=torch.float64, device=device)
+        self.n, self.size = n, size
+
+    def add(self, J, s_y, s_x):
+        b, i = ((s_y.acts > 0) & (self.where[s_y.idx] >= 0)).nonzero(as_tuple=True)
+        row, values, on = self.where[s_y.idx[b, i]], J[b, i].double(), (s_x.acts > 0)[b]
+        self.tokens.index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
+        at = (row.unsqueeze(1) * self.n + s_x.idx[b]).flatten()
+        for total, value in zip(self.sums, (values.abs(), values, values.square(), on.double())):
+            total.index_add_(0, at, value.flatten())
+
+    def result(self, k, options):
+        """Counts above the thresholds as a share of all pairs, and the strongest output
+        latents, by mean |J| over their active pairs, with their 5 strongest input latents: mean and
+        standard deviation of J over the `count` tokens on which both are active. An output latent
+        must be active on 10 tokens, an edge on 3, unless it was asked for."""
+        total, signed, squares, count = self.sums.view(4, len(self.rows), self.n)
+        mean = total / self.tokens.clamp(min=1).unsqueeze(1)  # (rows, n_x)
+        shares = [(mean[: self.size] > t).double().mean().item() for t in options.thresholds]
+        strength = total.sum(1) / (k * self.tokens).clamp(min=1)
+        usual = torch.where(self.tokens >= 10, strength, -1.0)
+        order = usual.topk(min(options.n_latents, int((usual >= 0).sum()))).indices
+        chosen = self.where[options.latents] if options.latents else order
+        edges, latents = torch.where(count >= 3, mean, -1.0), []
+        for row in chosen.tolist():
+            inputs, strongest = [], edges[row].argsort(descending=True, stable=True)
+            for j in strongest[:5].tolist():
+                if n := int(count[row, j]):
+                    average = (signed[row, j] / n).item()
+                    std = max(0.0, (squares[row, j] / n).item() - average**2) ** 0.5
+                    inputs.append({"latent": j, "mean": average, "std": std, "count": n})
+            latents.append({"latent": self.rows[row].item(), "tokens": int(self.tokens[row])})
+            latents[-1] |= {"mean_abs": strength[row].item(), "inputs": inputs}
+        return {"rows": self.size, "share_above": shares}, latents
+
+
+# ---- Linearity (section 5.4, appendix B) ---------------------------------------------------------
+def classify(t, v, relative=False):
+    """Each function (S, T) of t is 0 linear, 1 JumpReLU or 2 other. Linear: no residual of its
+    least-squares line reaches 0.01. JumpReLU: exactly 0 on one stretch that touches an end, linear
+    on the rest (2 points or more). relative: residual / range of the points of the line < 0.01, so
+    that no function becomes linear by being small; a flat one counts as linear."""
+    t, v = t.double(), v.double()
+
+    def straight(keep):  # through the points with keep
+        n, span = keep.sum(1, keepdim=True), 1.0
+        dt, dv = ((u - (u * keep).sum(1, keepdim=True) / n) * keep for u in (t, v))
+        slope = (dt * dv).sum(1, keepdim=True) / dt.square().sum(1, keepdim=True)
+        if relative:
+            highest, lowest = v.masked_fill(~keep, -math.inf), v.masked_fill(~keep, math.inf)
+            span = (highest.amax(1) - lowest.amin(1)).clamp(min=1e-12)
+        return (dv - slope * dt).abs().amax(1) < 0.01 * span
+
+    zero, everywhere = v == 0, torch.ones_like(v, dtype=torch.bool)
+    n = zero.sum(1)
+    at_end = (zero.int().cumprod(1).sum(1) == n) | (zero.flip(1).int().cumprod(1).sum(1) == n)
+    jump = at_end & (n > 0) & (n <= v.shape[1] - 2)
+    rest = torch.where(jump.unsqueeze(1), ~zero, everywhere)
+    return torch.where(straight(everywhere), 0, torch.where(jump & straight(rest), 1, 2))
+
+
+def along_latent(sae_x, sae_y, mlp, samples, t):
+    """s_y,i as a function of s_x,j: the true x moves along decoder row j, the SAE's error stays
+    (Eq. 30). t (S, T) values of s_x,j -> (S, T), after full TopK and ReLU."""
+    row = sae_x.W_dec[samples["j"]].unsqueeze(1)  # (S, 1, d_model)
+    x = samples["x"].unsqueeze(1) + (t - samples["s"].unsqueeze(1)).unsqueeze(2) * row
+    acts, idx = sae_y.encode(mlp(x))  # (S, T, k)
+    return (acts * (idx == samples["i"].view(-1, 1, 1))).sum(2)
+
+
+def linearity(sae_x, sae_y, mlp, samples, options):
+    """Fractions of random pairs (i, j) of active latents. linear, jumprelu, other: 100 points of
+    [0, max(5, s + 1)], tolerance 0.01; relative: the same by residual / range. on_line: |J + delta|
+    < 0.1, delta the change of s_y,i when 1 is subtracted from s_x,j; cluster: off the line with
+    |J| < 0.1; outlier: the rest; on_line_relative: |J + delta| < 0.1 |J|. second: in float64, on a
+    part of the samples."""
+    S, device, dtype = len(samples["s"]), samples["x"].device, sae_x.W_dec.dtype
+    unit, classes, relative, deltas, curves = torch.linspace(0, 1, GRID), [], [], [], []
+    size = max(1, 2**23 // (GRID * max(sae_y.n_latents, mlp.W_in.shape[0])))
+    for at in tqdm(range(0, S, size), "linearity", leave=False):
+        some = {name: value[at : at + size] for name, value in samples.items()}
+        t = unit.to(device, dtype) * (some["s"] + 1).clamp(min=LARGEST).unsqueeze(1)  # (S, T)
+        v = along_latent(sae_x, sae_y, mlp, some, t)
+        classes.append(classify(t, v))
+        relative.append(classify(t, v, relative=True))
+        ends = torch.stack([some["s"] - 1, some["s"]], 1)
+        deltas.append(along_latent(sae_x, sae_y, mlp, some, ends) @ v.new_tensor([1.0, -1.0]))
+        curves += [*zip(t, v)] if at < 10 * size else []
+    classes, relative, delta = torch.cat(classes), torch.cat(relative), torch.cat(deltas)
+    J = samples["J"].to(delta.dtype)
+    off, small = (J + delta).abs(), J.abs() < 0.1
+    masks = {name: classes == c for c, name in enumerate(KINDS)}
+    masks |= {"on_line": off < 0.1, "on_line_relative": off < 0.1 * J.abs()}
+    masks |= {"cluster": (off >= 0.1) & small, "outlier": (off >= 0.1) & ~small}
+    result = {"samples": S} | {name: mask.double().mean().item() for name, mask in masks.items()}
+    shares = torch.bincount(relative, minlength=3).double() / S
+    result["relative"] = dict(zip(KINDS, shares.tolist()))
+    result["scatter"] = {"J": J[:1000].tolist(), "delta": delta[:1000].tolist()}
+    first = {name: mask[: len(curves)].nonzero()[:6, 0].tolist() for name, mask in masks.items()}
+    result["examples"] = {k: [[u.tolist() for u in curves[i]] for i in first[k]] for k in KINDS}
+    return result | {"second": second_differences(sae_x, sae_y, mlp, samples, options)}
+
+
+def second_differences(sae_x, sae_y, mlp, samples, options):
+    """Figures 13, 14: mean, mean |.| and largest |.| of each function's second derivative, by
+    differences over a grid of 0.005, where a jump of height h shows as h / 0.005^2."""
+    step, result = 0.005, {"mean": [], "mean_abs": [], "max_abs": []}
+    *saes, mlp = (deepcopy(module).double() for module in (sae_x, sae_y, mlp))
+    for n in tqdm(range(min(options.second_samples, len(samples["s"]))), "second", leave=False):
+        one = {k: v[[n]] if k in "ij" else v[[n]].double() for k, v in samples.items()}
+        points = int(max(LARGEST, one["s"].item() + 1) / step) + 1
+        t = step * torch.arange(points, dtype=torch.float64, device=one["x"].device).unsqueeze(0)
+        second = along_latent(*saes, mlp, one, t).diff(n=2).squeeze(0) / step**2
+        for name, v in zip(result, (second.mean(), second.abs().mean(), second.abs().max())):
+            result[name].append(v.item())
+    return result
+
+
+# ---- What a latent responds to -------------------------------------------------------------------
+def examples(saes, mlp, model, tokenizer, wanted, batches, skip):
+    """-> {side: {latent: [{tokens, acts, max}, ...]}} for the latents `wanted` {side: latents}: the
+    12 windows of 16 tokens (contexts cut into pieces) in which the latent is largest."""
+    found = {side: {latent: [] for latent in latents} for side, latents in wanted.items()}
+    for ids in batches:
+        x = jsae.mlp_inputs(model, mlp, ids)[:, skip:]  # (contexts, width, d_model)
+        encoded, more = [saes["x"].encode(x), saes["y"].encode(mlp(x))], -x.shape[1] % WINDOW
+        pieces = F.pad(ids[:, skip:], (0, more), value=-1).view(-1, WINDOW)
+        for (acts, idx), latents in zip(encoded, (found["x"], found["y"])):
+            for latent, best in latents.items():
+                values = F.pad((acts * (idx == latent)).sum(2), (0, more)).view(-1, WINDOW)
+                most, at = values.amax(1).topk(min(WINDOWS, len(values)))
+                kept = zip(most.tolist(), pieces[at].tolist(), values[at].tolist())
+                best += [window for window in kept if window[0] > 0]
+                best[:] = sorted(best, key=lambda window: -window[0])[:WINDOWS]
+    text = (lambda t: tokenizer.decode([t])) if tokenizer else str
+    for best in (best for latents in found.values() for best in latents.values()):
+        for n, (most, tokens, acts) in enumerate(best):
+            texts = [text(t) for t in tokens if t >= 0]
+            best[n] = {"tokens": texts, "acts": acts[: len(texts)], "max": most}
+    return found
+
+
+# ---- One run -------------------------------------------------------------------------------------
+def open_run(run, options):
+    """-> (sae_x, sae_y, config, model, tokenizer, mlp, context size). InputError if it is no
+    finished run, its model is gone, or the MLP's weights are not those of the training."""
+    sae_x, sae_y, config = jsae.load_run(run)
+    folder = Path(run) if Path(run).is_dir() else Path(huggingface_hub.snapshot_download(run))
+    info = json.loads((folder / "config.json").read_text())
+    device = options.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"--device {device} is not available here; expected cpu")
+    model, tokenizer = jsae.load_language_model(config, device)
+    mlp = jsae.MLP.from_model(model, config.layer)
+    weights = hashlib.sha256(safetensors.torch.save(mlp.state_dict())).hexdigest()
+    if weights != info["mlp_sha256"]:
+        raise InputError(f"{run}: {config.model} has changed since the run was trained on its MLP")
+    dtype = getattr(torch, options.dtype)
+    saes = (sae.to(device, dtype).requires_grad_(False) for sae in (sae_x, sae_y))
+    return *saes, config, model.to(dtype), tokenizer, mlp.to(dtype), info["context_size"]
+
+
+class Draws:
+    """What is drawn at random: tokens, and with them pairs of active latents and pictures of J. All
+    by the number of the token and from the seed, so that the batch size plays no part."""
+
+    def __init__(self, tokens, k, options):
+        self.generator = torch.Generator().manual_seed(options.seed)
+        n, self.pairs, self.pictures = options.linear_samples, [], {}
+        self.tokens = torch.randint(tokens, (n,), generator=self.generator).sort().values
+        self.i, self.j = torch.randint(k, (2, n), generator=self.generator)
+        shown = torch.randperm(tokens, generator=self.generator)[:PICTURES]
+        orders = torch.rand(len(shown), 2, k, generator=self.generator).argsort(-1)
+        self.shown = dict(zip(shown.tolist(), orders))
+
+    def add(self, first, J, x, s_x, s_y):
+        """Pick what is drawn among the tokens that start with number `first`."""
+        here = (self.tokens >= first) & (self.tokens < first + len(J))
+        b, i, j = (v[here].to(J.device) for v in (self.tokens - first, self.i, self.j))
+        on = (s_x.acts[b, j] > 0) & (s_y.acts[b, i] > 0)
+        b, i, j = b[on], i[on], j[on]
+        pair = {"x": x[b], "J": J[b, i, j], "s": s_x.acts[b, j]}
+        self.pairs.append(pair | {"i": s_y.idx[b, i], "j": s_x.idx[b, j]})
+        for token, (rows, columns) in self.shown.items():
+            if first <= token < first + len(J):
+                self.pictures[token] = J[token - first].abs()[rows][:, columns].tolist()
+
+
+@torch.no_grad()
+def evaluate(run, options):
+    """-> what evaluation.json holds: numbers, lists and strings. One pass over the held-out text
+    with streaming sums, and a second one for the text of the examples."""
+    sae_x, sae_y, config, model, tokenizer, mlp, T = open_run(run, options)
+    skip, k, n = 0 if config.keep_first_token else 1, config.k, sae_x.n_latents
+    if any(not 0 <= latent < n for latent in options.latents):
+        raise InputError(f"--latents {options.latents}; {run} has output latents 0 to {n - 1}")
+    width, batches = T - skip, partial(held_out_contexts, config, options, model, tokenizer, T)
+    tokens = math.ceil(options.tokens / width) * width
+    draws, saes, done = Draws(tokens, k, options), {"x": sae_x, "y": sae_y}, 0
+    table = GlobalJacobian(n, options.latents, draws.generator, model.device)
+    sums = {name: Counter() for name in ("x", "y", "J", "ce")}  # Counter.update adds
+    chunk = max(1, 2**23 // (k * len(mlp.W_in)))
+    for ids in tqdm(batches(), Path(run).name, -(-tokens // width // options.batch_size)):
+        x = jsae.mlp_inputs(model, mlp, ids)[:, skip:].flatten(0, 1)  # (tokens, d_model)
+        latents = {"x": sae_x.encode(x), "y": sae_y.encode(mlp(x))}
+        for side, v in (("x", x), ("y", mlp(x))):
+            sums[side].update(reconstruction_sums(saes[side], v, latents[side]))
+        sums["ce"].update(performance_sums(model, mlp, sae_x, sae_y, ids, skip))
+        for part in torch.arange(len(x), device=x.device).split(chunk):
+            s_x, s_y = (Latents(s.acts[part], s.idx[part]) for s in latents.values())
+            J = active_jacobian(sae_x, sae_y, mlp, x[part], s_x, s_y)
+            sums["J"].update(jacobian_sums(J, options.thresholds))
+            table.add(J, s_y, s_x)
+            draws.add(done + int(part[0]), J, x[part], s_x, s_y)
+        done += len(x)
+    result = {"run": str(run), "config": dataclasses.asdict(config), "n_latents": n}
+    result["reconstruction"] = {side: reconstruction(sums[side], tokens) for side in saes}
+    result["ce"] = performance(sums["ce"])
+    result["jacobian"] = jacobian(sums["J"], tokens, options.thresholds, k * k)
+    result["jacobian_pictures"] = list(draws.pictures.values())
+    pairs = {name: torch.cat([pair[name] for pair in draws.pairs]) for name in draws.pairs[0]}
+    order = torch.randperm(len(pairs["s"]), generator=draws.generator).to(model.device)
+    pairs = {name: value[order] for name, value in pairs.items()}
+    if not len(order):
+        raise InputError(f"{run} has no active latents on {tokens} tokens; expected a trained pair")
+    result["linearity"] = linearity(sae_x, sae_y, mlp, pairs, options)
+    result["global"], result["latents"] = table.result(k, options)
+    wanted = {"y": [latent["latent"] for latent in result["latents"]]}
+    wanted["x"] = sorted({e["latent"] for latent in result["latents"] for e in latent["inputs"]})
+    result["examples"] = examples(saes, mlp, model, tokenizer, wanted, batches(), skip)
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
+    return result | {"tokens": tokens, "seed": options.seed, "versions": versions}
+
+
+# ---- Table and figures ---------------------------------------------------------------------------
+TABLE = (  # what: its parts, path in evaluation.json, what {} in it stands for
+    ("explained variance: x / y", "reconstruction.{}.explained_variance", "x y"),
+    ("cosine similarity: x / y", "reconstruction.{}.cosine", "x y"),
+    ("dead latents: x / y", "reconstruction.{}.dead", "x y"),
+    ("CE loss score: x / y / whole path", "ce.{}.score", "x y both"),
+    ("KL in nats: x / y / whole path", "ce.{}.kl", "x y both"),
+    ("functions: linear / JumpReLU / other", "linearity.{}", "linear jumprelu other"),
+    ("relative: linear / JumpReLU / other", "linearity.relative.{}", "linear jumprelu other"),
+    ("|J + delta|: < 0.1 / < 0.1 |J|", "linearity.{}", "on_line on_line_relative"),
+    ("Hoyer sparsity: J", "jacobian.{}", "hoyer"),
+    ("participation ratio: J", "jacobian.{}", "participation"),
+    ("elements with % of sum |J|: 50 / 90 / 99", "jacobian.mass.{}", "50 90 99"),
+    ("norm of J: L1 / L2 / L4 / Linf", "jacobian.norms.{}", "l1 l2 l4 linf"),
+    ("elements above: {}", "jacobian.count_above.raw.{}", "thresholds"),
+    ("the same at unit L2: {}", "jacobian.count_above.l2.{}", "thresholds"),
+)
+
+
+def lookup(result, path):
+    """What stands at a dotted path in evaluation.json, or the run's setting of that name."""
+    value = result["config"] if path in result["config"] else result
+    try:
+        for part in path.split("."):
+            value = value[int(part) if isinstance(value, list) else part]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise InputError(f"no {path} in the evaluation of {result['run']}") from error
+    return value
+
+
+def measures(results):
+    """Yield what is in a line of TABLE, its parts' names, and its numbers: a list for each run."""
+    thresholds = results[0]["jacobian"]["thresholds"]
+    for label, path, parts in TABLE:
+        title, _, names = label.partition(": ")
+        names, parts = names.split(" / "), parts.split()
+        if parts == ["thresholds"]:
+            names, parts = [f"{t:g}" for t in thresholds], range(len(thresholds))
+        yield title, names, [[lookup(r, path.format(part)) for part in parts] for r in results]
+
+
+def table_rows(names, results):
+    """-> rows of strings: the runs' names, then a row for each line of TABLE."""
+    rows = [["", *names]]
+    for title, parts, columns in measures(results):
+        cells = [" / ".join(f"{number:.4g}" for number in column) for column in columns]
+        rows.append([f"{title}: {' / '.join(parts)}", *cells])
+    return rows
+
+
+def draw_overview(names, results, axes):
+    width = 0.8 / len(results)
+    for ax, (title, parts, columns) in zip(axes.flat, measures(results)):
+        for n, (name, heights) in enumerate(zip(names, columns)):
+            ax.bar(np.arange(len(parts)) + (n + 0.5) * width - 0.4, heights, width, label=name)
+        ax.set_xticks(range(len(parts)), parts)
+        ax.set_title(title)
+    return "the table as bars (figures 2, 7, 8, 33, 35, 38)"
+
+
+def draw_histogram(names, results, axes):
+    edges, (left, right) = BIN * np.arange(BINS), axes[0]
+    for name, r in zip(names, results):
+        counts = np.array(r["jacobian"]["histogram"]) / r["tokens"]
+        left.plot(edges, counts[:-1], label=f"{name}; {counts[-1]:.3g} above {BIN * BINS:g}")
+        right.plot(edges + BIN, counts.cumsum()[:-1] / counts.sum(), label=name)
+    left.set(xlabel="|J|", ylabel=f"elements per token in {BIN:g}", xscale="log", yscale="log")
+    right.set(xlabel="|J|", ylabel="share of elements below", xscale="log")
+    return "histogram and distribution function of |J| (figures 32, 34)"
+
+
+def draw_functions(names, results, axes):
+    for name, row, lin in zip(names, axes, (r["linearity"] for r in results)):
+        J, delta = np.array(lin["scatter"]["J"]), np.array(lin["scatter"]["delta"])
+        off, small = np.abs(J + delta) >= 0.1, np.abs(J) < 0.1
+        for label, group in (("line", ~off), ("cluster", off & small), ("outlier", off & ~small)):
+            row[0].scatter(J[group], delta[group], s=4, label=label)
+        row[0].set(xlabel="J", ylabel="change of s_y,i at s_x,j - 1", title=name)
+        for ax, kind in zip(row[1:], KINDS):
+            for t, v in lin["examples"][kind]:
+                ax.plot(t, v)
+            ax.set(xlabel="s_x,j", ylabel="s_y,i", title=kind)
+        row[4].hist(np.log10(np.maximum(lin["second"]["max_abs"], 1e-9)), 30)
+        row[4].set(xlabel="log10 max |second derivative|", ylabel="functions")
+    return "J against a change by 1, functions of each kind, second derivatives (figures 8 to 14)"
+
+
+def draw_jacobians(names, results, axes):
+    top = max((np.max(J) for r in results for J in r["jacobian_pictures"]), default=1)
+    for name, row, r in zip(names, axes, results):
+        row[0].set_ylabel(name, fontsize=7)
+        for ax, J in zip(row, r["jacobian_pictures"]):
+            ax.imshow(J, vmin=0, vmax=top, cmap="magma")
+    return f"|J| of tokens, rows and columns shuffled, 0 to {top:.3g} (figures 30, 31)"
+
+
+def draw_plot(x, y, names, results, axes):
+    points = [(lookup(r, x), lookup(r, y)) for r in results]
+    if not all(isinstance(value, (int, float)) for point in points for value in point):
+        raise InputError(f"--plot {x} {y}: expected what is a number in every run")
+    axes[0, 0].plot(*zip(*sorted(points)), "o-", markersize=4)
+    for name, point in zip(names, points):
+        axes[0, 0].annotate(name, point, fontsize=6)
+    axes[0, 0].set(xlabel=x, ylabel=y)
+    return f"{y} against {x}"
+
+
+def draw(names, results, plots, folder):
+    """Write the figures -> [(file name, caption), ...], none if matplotlib is not installed."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return []
+    plt.switch_backend("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    done, jobs = [], {"overview": (draw_overview, 5, 3), "histogram": (draw_histogram, 1, 2)}
+    jobs |= {"functions": (draw_functions, len(results), 5)}
+    pictures = max(len(r["jacobian_pictures"]) for r in results)
+    jobs |= {"jacobians": (draw_jacobians, len(results), pictures)}
+    jobs |= {f"plot-{n}": (partial(draw_plot, *xy), 1, 1) for n, xy in enumerate(plots)}
+    for name, (paint, rows, columns) in jobs.items():
+        size = min(14, 2 + 4 * columns), 1 + 2.7 * rows
+        figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size)
+        caption = paint(names, results, axes)
+        for ax in figure.axes:
+            ax.tick_params(labelsize=7)
+            if ax.get_legend_handles_labels()[0]:
+                ax.legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.png", dpi=120)
+        plt.close(figure)
+        done.append((f"{name}.png", caption))
+    return done
+
+
+# ---- Report --------------------------------------------------------------------------------------
+STYLE = """:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;
+margin:auto;padding:1rem}table{border-collapse:collapse;display:block;overflow-x:auto}td{padding:
+.1rem .5rem;border:1px solid #8886}img{max-width:100%;background:#fff;border-radius:4px}details{
+margin:.2rem 1rem}summary{cursor:pointer}pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
+span{background:rgba(255,140,0,var(--a))}"""
+
+
+def snippets(examples):
+    """Windows of text as HTML, every token shaded by its activation as a share of the largest."""
+    top = max((example["max"] for example in examples), default=0) or 1
+    lines = []
+    for example in examples:
+        shades = (f'<span style="--a:{value / top:.2f}">' for value in example["acts"])
+        spans = (f"{s}{html.escape(t)}</span>" for s, t in zip(shades, example["tokens"]))
+        lines.append(f"<pre>{example['max']:.2f}  {''.join(spans)}</pre>")
+    return "".join(lines)
+
+
+def details(head, *parts):
+    return f"<details><summary>{head}</summary>{''.join(parts)}</details>"
+
+
+def latents_of(result):
+    """Nested details: output latents, their input latents with the edge, examples of both."""
+    parts, texts = [], {s: {int(i): e for i, e in v.items()} for s, v in result["examples"].items()}
+    for o in result["latents"]:
+        inputs = []
+        for e in o["inputs"]:
+            head = "input latent {latent}: J {mean:.3g} &plusmn; {std:.3g}, {count} tokens".format(
+                **e
+            )
+            inputs.append(details(head, snippets(texts["x"][e["latent"]])))
+        head = f"output latent {o['latent']}: mean |J| {o['mean_abs']:.3g} on {o['tokens']} tokens"
+        parts.append(details(head, snippets(texts["y"][o["latent"]]), *inputs))
+    return "".join(parts)
+
+
+def report(results, rows, drawn, folder):
+    """-> report.html: one static page; no script, and nothing that is loaded from elsewhere."""
+    page = ["<!doctype html><html lang=en><meta charset=utf-8><title>Jacobian SAEs</title>"]
+    page += [f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><table>"]
+    for row in rows:
+        page += ["<tr>", *(f"<td>{html.escape(cell)}</td>" for cell in row), "</tr>"]
+    page += ["</table>"]
+    for name, caption in drawn:
+        picture = base64.b64encode((folder / name).read_bytes()).decode()
+        caption = html.escape(caption)
+        page += [f'<h2>{caption}</h2><img alt="{caption}" src="data:image/png;base64,{picture}">']
+    for name, result in zip(rows[0][1:], results):
+        page += [f"<h2>{html.escape(name)}: its strongest pairs</h2>", latents_of(result)]
+    return "\n".join([*page, "</html>"])
+
+
+# ---- Command line --------------------------------------------------------------------------------
+FLAGS = {  # default and help
+    "tokens": (50_000, "held-out tokens (the paper: 10M)"),
+    "linear-samples": (4000, "random pairs of active latents for linearity (the paper: 1M)"),
+    "second-samples": (100, "those whose second derivative is taken"),
+    "batch-size": (8, "contexts at a time"),
+    "n-latents": (8, "output latents in the report, the strongest"),
+    "dataset": ("", "other text than the run's own held-out part"),
+    "split": ("validation", "of --dataset on the hub"),
+    "seed": (0, "of all that is drawn at random"),
+    "device": ("auto", "auto, cpu, cuda, ..."),
+    "output-dir": ("", "of report and figures; default: the first run's folder"),
+}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser("evaluate.py", description=__doc__.splitlines()[0])
+    parser.print_usage = lambda file: None  # an error is one line
+    parser.add_argument("runs", nargs="+", help="folders or hub ids of finished runs")
+    for name, (default, text) in FLAGS.items():
+        text = f"{text} (default: {default or 'none'})"
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    thresholds = [0.005, 0.01, 0.015, 0.02, 0.04]
+    parser.add_argument("--thresholds", type=float, nargs="+", default=thresholds, help="of |J|")
+    parser.add_argument("--latents", type=int, nargs="+", default=[], help="output latents to show")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--reuse", action="store_true", help="take evaluation.json as it is")
+    axes = "draw Y against X over the runs: settings, or paths in evaluation.json"
+    parser.add_argument("--plot", nargs=2, action="append", metavar=("X", "Y"), help=axes)
+    options = parser.parse_args(argv)
+    options.thresholds = sorted(options.thresholds)
+    for name, value in vars(options).items():
+        if type(value) is int and value < (name != "seed"):
+            parser.error(f"--{name.replace('_', '-')} is {value}; expected a whole number above 0")
+    return options
+
+
+def evaluation_of(run, options):
+    """-> (what evaluation.json holds, its folder: the run's, or of a hub run the output folder)."""
+    folder = Path(run) if Path(run).is_dir() else Path(options.output_dir or Path(run).name)
+    saved = folder / "evaluation.json"
+    if not (options.reuse and saved.exists()):
+        jsae.write_file(saved, json.dumps(evaluate(run, options)).encode())
+    with suppress(ValueError):
+        result = json.loads(saved.read_text())
+        if isinstance(result, dict) and "versions" in result:  # the last key
+            return result, folder
+    raise InputError(f"{saved} is no whole evaluation; leave out --reuse")
+
+
+def main(argv=None) -> int:
+    """-> exit status: 0, 2 after one line about what was given, 130 after Ctrl-C."""
+    try:
+        options = parse(argv)
+        results, folders = zip(*(evaluation_of(run, options) for run in options.runs))
+        folder, names = Path(options.output_dir or folders[0]), [Path(r).name for r in options.runs]
+        rows = table_rows(names if len(set(names)) == len(names) else options.runs, results)
+        for row in (rows[0], ["--"] * len(rows[0]), *rows[1:]):
+            print("|", " | ".join(cell.replace("|", "\\|") for cell in row), "|")
+        drawn = draw(rows[0][1:], results, options.plot or (), folder / "figures")
+        page = report(results, rows, drawn, folder / "figures")
+        jsae.write_file(folder / "report.html", page.encode())
+        if not drawn:
+            raise InputError("the figures need matplotlib: pip install matplotlib")
+        print(f"\nfigures and report: {folder / 'report.html'}")
+    except (InputError, OSError) as error:
+        print("evaluate.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:  # argparse's, after --help or an error
+        return stop.code or 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

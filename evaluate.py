@@ -240,7 +240,7 @@ def classify(t, v, relative=False):
     """Each function (S, T) of t is 0 linear, 1 JumpReLU or 2 other. Linear: no residual of its
     least-squares line reaches 0.01. JumpReLU: exactly 0 on one stretch that touches an end, linear
     on the rest (2 points or more). relative: residual / range of the points of the line < 0.01, so
-    that no function becomes linear by being small; a flat one counts as linear."""
+    that no function becomes linear by being small; what is flat to float32's rounding is linear."""
     t, v = t.double(), v.double()
 
     def straight(keep):  # through the points with keep
@@ -249,11 +249,10 @@ def classify(t, v, relative=False):
         slope = (dt * dv).sum(1, keepdim=True) / dt.square().sum(1, keepdim=True)
         if relative:
             highest, lowest = v.masked_fill(~keep, -math.inf), v.masked_fill(~keep, math.inf)
-            span = (highest.amax(1) - lowest.amin(1)).clamp(min=1e-12)
-        return (dv - slope * dt).abs().amax(1) < 0.01 * span
+            span = (highest.amax(1) - lowest.amin(1)).maximum(1e-4 * v.abs().amax(1))
+        return (dv - slope * dt).abs().amax(1) < 0.01 * span + 1e-30
 
-    zero, everywhere = v == 0, torch.ones_like(v, dtype=torch.bool)
-    n = zero.sum(1)
+    zero, everywhere, n = v == 0, torch.ones_like(v, dtype=torch.bool), (v == 0).sum(1)
     at_end = (zero.int().cumprod(1).sum(1) == n) | (zero.flip(1).int().cumprod(1).sum(1) == n)
     jump = at_end & (n > 0) & (n <= v.shape[1] - 2)
     rest = torch.where(jump.unsqueeze(1), ~zero, everywhere)
@@ -329,8 +328,9 @@ def examples(saes, mlp, model, tokenizer, wanted, batches, skip):
         for (acts, idx), latents in zip(encoded, (found["x"], found["y"])):
             for latent, best in latents.items():
                 values = F.pad((acts * (idx == latent)).sum(2), (0, more)).view(-1, WINDOW)
-                most, at = values.amax(1).topk(min(WINDOWS, len(values)))
-                kept = zip(most.tolist(), pieces[at].tolist(), values[at].tolist())
+                most = values.amax(1).round(decimals=4)  # so that ties are ties in any batch
+                at = most.argsort(descending=True, stable=True)[:WINDOWS]
+                kept = zip(most[at].tolist(), pieces[at].tolist(), values[at].tolist())
                 best += [window for window in kept if window[0] > 0]
                 best[:] = sorted(best, key=lambda window: -window[0])[:WINDOWS]
     text = (lambda t: tokenizer.decode([t])) if tokenizer else str
@@ -418,7 +418,7 @@ def evaluate(run, options):
     result["reconstruction"] = {side: reconstruction(sums[side], tokens) for side in saes}
     result["ce"] = performance(sums["ce"])
     result["jacobian"] = jacobian(sums["J"], tokens, options.thresholds, k * k)
-    result["jacobian_pictures"] = list(draws.pictures.values())
+    result["jacobian_pictures"] = [draws.pictures[token] for token in sorted(draws.pictures)]
     pairs = {name: torch.cat([pair[name] for pair in draws.pairs]) for name in draws.pairs[0]}
     order = torch.randperm(len(pairs["s"]), generator=draws.generator).to(model.device)
     pairs = {name: value[order] for name, value in pairs.items()}
@@ -597,9 +597,7 @@ def latents_of(result):
     for o in result["latents"]:
         inputs = []
         for e in o["inputs"]:
-            head = "input latent {latent}: J {mean:.3g} &plusmn; {std:.3g}, {count} tokens".format(
-                **e
-            )
+            head = "input latent {latent}: J {mean:.3g} ± {std:.3g}, {count} tokens".format(**e)
             inputs.append(details(head, snippets(texts["x"][e["latent"]])))
         head = f"output latent {o['latent']}: mean |J| {o['mean_abs']:.3g} on {o['tokens']} tokens"
         parts.append(details(head, snippets(texts["y"][o["latent"]]), *inputs))

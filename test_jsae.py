@@ -1,4 +1,5 @@
-"""Tests of jsae.py in the order of the paper: the Jacobian, the loss, real models, data, training, command line.
+"""Tests of jsae.py and evaluate.py in the order of the paper: the Jacobian, the loss, real models, data, training,
+evaluation, command line.
 
 python -m pytest        (about a minute on two cores; no network)
 """
@@ -6,6 +7,7 @@ python -m pytest        (about a minute on two cores; no network)
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import transformers
 from torch import nn
 from transformers.activations import ACT2FN
 
+import evaluate
 import jsae
 from jsae import MLP, Config, InputError, Latents, TopKSAE, active_jacobian, jsae_loss
 
@@ -638,6 +641,346 @@ def test_a_hub_stream_that_ends_stops_the_run_with_its_weights_saved(config, mon
 def test_local_text_that_ends_starts_again_with_a_notice(config, capfd):
     run = jsae.train(changed(config, tokens=60_000, batch_size=2048))
     assert rows_of(run)[-1]["step"] == 29 and "ended" in capfd.readouterr().err
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def finished(model_dir, text_file, tmp_path_factory):
+    """A trained pair, to be read only."""
+    settings = {"model": str(model_dir), "layer": 0, "dataset": str(text_file), "k": 4, "lr": 0.01}
+    settings |= {"tokens": 20_000, "batch_size": 128, "expansion_factor": 4, "context_size": 32}
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return jsae.train(Config(**settings, output_dir=str(folder), device="cpu"))
+
+
+@pytest.fixture
+def run_copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+SMALL = ["--tokens", "400", "--linear-samples", "60", "--second-samples", "3", "--n-latents", "3"]
+
+
+def opened(run, *flags):
+    """-> options, and what evaluate.open_run returns for them."""
+    options = evaluate.parse([str(run), *SMALL, *flags])
+    return options, *evaluate.open_run(str(run), options)
+
+
+def test_reconstruction_is_that_of_all_held_out_tokens_at_once(finished):
+    options, sae_x, sae_y, config, model, tokenizer, mlp, T = opened(finished)
+    ids = torch.cat([*evaluate.held_out_contexts(config, options, model, tokenizer, T)])
+    x = jsae.mlp_inputs(model, mlp, ids)[:, 1:].flatten(0, 1)
+    assert len(x) == 403  # 13 contexts of 32 tokens, the first token of each left out
+    result = evaluate.evaluate(str(finished), options)["reconstruction"]
+    for side, sae, v in (("x", sae_x, x), ("y", sae_y, mlp(x))):
+        error, found = sae(v) - v, result[side]
+        fvu = error.square().sum() / (v - v.mean(0)).square().sum()
+        assert math.isclose(found["fvu"], fvu, rel_tol=1e-5)
+        assert math.isclose(found["explained_variance"], 1 - fvu, rel_tol=1e-5)
+        assert math.isclose(found["mse"], error.square().mean(), rel_tol=1e-5)
+        assert math.isclose(found["cosine"], F.cosine_similarity(sae(v), v).mean(), rel_tol=1e-5)
+        latents = sae.encode(v)
+        active = len(set(latents.idx[latents.acts > 0].tolist()))
+        assert found["dead"] == sae.n_latents - active and found["rare"] is None
+        assert sum(found["density"]) == active
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_cross_entropies_equal_transformers_own_loss(finished, skip):
+    options, sae_x, sae_y, config, model, tokenizer, mlp, T = opened(finished, "--dtype", "float64")
+    ids = next(evaluate.held_out_contexts(config, options, model, tokenizer, T))
+    found = evaluate.performance(evaluate.performance_sums(model, mlp, sae_x, sae_y, ids, skip))
+    labels, module = ids.clone(), model.gpt_neox.layers[0].mlp
+    labels[:, : skip + 1] = -100
+    original, first = module.forward, torch.arange(T).view(1, -1, 1) < skip
+
+    def loss(change_x, change_y):
+        def forward(x):
+            x_new = torch.where(first, x, change_x(x))
+            y = original(x_new)
+            return torch.where(first, y, change_y(x, y))
+
+        module.forward = forward
+        logits = model(input_ids=ids, labels=labels)
+        module.forward = original
+        return logits.loss.item(), logits.logits[:, skip:-1].log_softmax(-1)
+
+    keep, same = (lambda x: x), (lambda x, y: y)
+    clean, logp = loss(keep, same)
+    assert math.isclose(found["clean"], clean, rel_tol=1e-6)
+    sites = {"x": (sae_x, same), "y": (keep, lambda x, y: sae_y(y))}
+    sites["both"] = keep, lambda x, y: sae_y(original(sae_x(x)))
+    ablations = {"x": (torch.zeros_like, same), "y": (keep, lambda x, y: 0 * y)}
+    for site, changes in sites.items():
+        sae, patched = loss(*changes)
+        ablated = loss(*ablations.get(site, ablations["y"]))[0]
+        kl = (logp.exp() * (logp - patched)).sum(-1).mean().item()
+        for name, value in (("sae", sae), ("ablated", ablated), ("kl", kl)):
+            assert found[site][name] == pytest.approx(value, rel=1e-6, abs=1e-12)
+        sae, ablated = found[site]["sae"], found[site]["ablated"]
+        score = (ablated - sae) / (ablated - found["clean"])
+        assert found[site]["score"] == pytest.approx(score)
+        assert found[site]["increase_ratio"] == pytest.approx(1 - score)
+
+
+def test_measures_of_jacobians_worked_by_hand():
+    J = torch.zeros(3, 2, 2)
+    J[0, 0, 1], J[1] = -5.0, torch.tensor([[0.3, -0.3], [0.3, 0.3]])  # the third has no active pair
+    sums = evaluate.jacobian_sums(J, [0.4, 0.6])
+    found = evaluate.jacobian(sums, 3, [0.4, 0.6], 4)
+    assert found["count_above"]["raw"] == pytest.approx([1 / 3, 1 / 3])
+    assert found["count_above"]["l1"] == pytest.approx([1 / 3, 1 / 3])
+    assert found["count_above"]["l2"] == pytest.approx([5 / 3, 1 / 3])
+    assert found["share_above"]["linf"] == pytest.approx([5 / 12, 5 / 12])
+    assert found["norms"] == pytest.approx(
+        {"l1": 6.2 / 3, "l2": 5.6 / 3, "l4": (5 + 0.3 * 2**0.5) / 3, "linf": 5.3 / 3}
+    )
+    assert found["mass"] == pytest.approx({"50": 3 / 3, "90": 5 / 3, "99": 5 / 3})
+    assert found["hoyer"] == pytest.approx(1 / 3)  # 1 for one element, 0 for four equal ones
+    assert found["participation"] == pytest.approx((1 + 4) / 3)
+    assert sum(found["histogram"]) == J.numel() and found["histogram"][-1] == 1
+    assert found["histogram"][0] == 3 + 4 and sum(found["histogram"][299:302]) == 4
+
+
+def test_scaling_every_jacobian_moves_only_the_measures_that_see_scale():
+    J = torch.randn(20, 5, 5, dtype=DOUBLE)
+    one, small = (
+        evaluate.jacobian(evaluate.jacobian_sums(s * J, [0.1]), 20, [0.1], 25) for s in (1, 0.01)
+    )
+    for name in ("hoyer", "participation", "mass"):
+        assert one[name] == pytest.approx(small[name])
+    assert one["count_above"]["l2"] == small["count_above"]["l2"]
+    assert one["count_above"]["raw"][0] > 20 > small["count_above"]["raw"][0]
+
+
+def test_global_jacobian_is_the_mean_over_the_output_latents_tokens():
+    pair, mlp = random_pair(b_enc=-0.5), random_mlp()
+    x = torch.randn(300, 10, dtype=DOUBLE)
+    s_x, s_y = pair[0].encode(x), pair[1].encode(mlp(x))
+    J = active_jacobian(*pair, mlp, x, s_x, s_y).detach()
+    dense, active = torch.zeros(300, 30, 30, dtype=DOUBLE), torch.zeros(300, 30, dtype=torch.bool)
+    for b in range(300):
+        dense[b][s_y.idx[b].unsqueeze(1), s_x.idx[b]] = J[b]
+        active[b, s_y.idx[b][s_y.acts[b] > 0]] = True
+    mean = dense.abs().sum(0) / active.sum(0).clamp(min=1).unsqueeze(1)
+    table = evaluate.GlobalJacobian(30, [], torch.Generator(), "cpu")
+    for rows in torch.arange(300).split(70):
+        part = [Latents(s.acts[rows].detach(), s.idx[rows]) for s in (s_y, s_x)]
+        table.add(J[rows], *part)
+    options = evaluate.parse(["run", "--thresholds", "0.02", "0.1", "--n-latents", "4"])
+    found, latents = table.result(4, options)
+    assert found["rows"] == 30
+    assert found["share_above"] == [(mean > t).double().mean().item() for t in (0.02, 0.1)]
+    strength = dense.abs().sum((0, 2)) / (4 * active.sum(0)).clamp(min=1)
+    often = [i for i in strength.argsort(descending=True).tolist() if active[:, i].sum() >= 10]
+    assert [o["latent"] for o in latents] == often[:4]
+    for o in latents:
+        for edge in o["inputs"]:
+            on = active[:, o["latent"]] & ((s_x.idx == edge["latent"]) & (s_x.acts > 0)).any(1)
+            values = dense[on, o["latent"], edge["latent"]]
+            assert edge["count"] == len(values) >= 3
+            assert edge["mean"] == pytest.approx(values.mean().item())
+            assert edge["std"] == pytest.approx(values.std(correction=0).item(), abs=1e-9)
+
+
+def class_by_lstsq(t, v, relative):
+    """The authors' way, one pair at a time: least squares, on all points or beside a run of zeros."""
+
+    def straight(t, v):
+        A = np.stack([t, np.ones_like(t)], 1)
+        residual = np.abs(A @ np.linalg.lstsq(A, v, rcond=None)[0] - v).max()
+        span = max(v.max() - v.min(), 1e-4 * top) if relative else 1
+        return residual < 0.01 * span + 1e-30
+
+    zero, top = np.flatnonzero(v == 0), np.abs(v).max()
+    if straight(t, v):
+        return 0
+    one_run = len(zero) > 0 and len(zero) == zero[-1] - zero[0] + 1
+    rest = v != 0
+    if one_run and (zero[0] == 0 or zero[-1] == len(v) - 1) and rest.sum() >= 2:
+        return 1 if straight(t[rest], v[rest]) else 2
+    return 2
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_classes_equal_those_of_one_least_squares_fit_per_pair(relative):
+    g = torch.Generator().manual_seed(0)
+    t = torch.linspace(0, 1, 100, dtype=DOUBLE) * (5 + torch.rand(400, 1, generator=g))
+    slope, bend, cut, size = torch.randn(4, 400, 1, generator=g, dtype=DOUBLE)
+    v = 3 + slope * t + 0.01 * bend * t**2 * (torch.arange(400).view(-1, 1) % 3 > 0)
+    v = torch.where((t < 2 + cut) == (bend > 0), v, 0) * 10 ** (2 * size - 1)
+    v[:40] = v[:40, :1]  # flat
+    v[40:60, 50:60] = 0  # a run of zeros that touches no end
+    v[60:80, :99], v[60:80, 99] = 0, 1.0  # too few points beside it
+    ours = evaluate.classify(t, v, relative).tolist()
+    assert ours == [class_by_lstsq(a, b, relative) for a, b in zip(t.numpy(), v.numpy())]
+    assert {0, 1, 2} <= set(ours)
+
+
+def test_a_function_of_one_latent_moves_the_true_x_along_its_decoder_row():
+    pair, mlp = random_pair(), random_mlp()
+    x = torch.randn(8, 10, dtype=DOUBLE)
+    s_x, s_y = pair[0].encode(x), pair[1].encode(mlp(x))
+    samples = {"x": x, "s": s_x.acts[:, 1], "j": s_x.idx[:, 1], "i": s_y.idx[:, 2]}
+    t = torch.stack([samples["s"], samples["s"] + 1e-6, samples["s"] * 0 + 0.7], 1)
+    v = evaluate.along_latent(*pair, mlp, samples, t)
+    torch.testing.assert_close(v[:, 0], s_y.acts[:, 2])  # at s itself nothing has changed
+    J = active_jacobian(*pair, mlp, x, s_x, s_y)[:, 2, 1]
+    torch.testing.assert_close((v[:, 1] - v[:, 0]) / 1e-6, J, rtol=1e-3, atol=1e-5)
+    for b in range(8):
+        moved = x[b] + (0.7 - s_x.acts[b, 1]) * pair[0].W_dec[s_x.idx[b, 1]]
+        acts, idx = pair[1].encode(mlp(moved))
+        assert math.isclose(
+            v[b, 2].item(), (acts * (idx == s_y.idx[b, 2])).sum().item(), abs_tol=1e-9
+        )
+
+
+def test_second_differences_of_a_parabola_are_its_second_derivative(finished, monkeypatch):
+    options, sae_x, sae_y, *_, mlp, _ = opened(finished)
+    monkeypatch.setattr(evaluate, "along_latent", lambda *args: -1.5 * args[-1] ** 2)
+    samples = {"s": torch.tensor([1.0, 8.0, 2.0]), "x": torch.zeros(3, 16)}
+    found = evaluate.second_differences(sae_x, sae_y, mlp, samples, options)
+    assert found["mean"] == pytest.approx([-3.0] * 3) and len(found["max_abs"]) == 3
+    assert found["mean_abs"] == pytest.approx([3.0] * 3)
+
+
+def test_examples_are_the_windows_where_a_latent_is_largest(finished):
+    options, sae_x, sae_y, config, model, tokenizer, mlp, T = opened(finished)
+    batches = [*evaluate.held_out_contexts(config, options, model, tokenizer, T)]
+    x = jsae.mlp_inputs(model, mlp, torch.cat(batches))[:, 1:]  # (13, 31, 16)
+    acts, idx = sae_y.encode(mlp(x))
+    latent = idx[acts > 0].mode().values.item()
+    values = (acts * (idx == latent)).sum(2)
+    expected = torch.stack([values[:, :16].amax(1), values[:, 16:].amax(1)]).flatten()
+    wanted, saes = {"x": [], "y": [latent]}, {"x": sae_x, "y": sae_y}
+    found = evaluate.examples(saes, mlp, model, tokenizer, wanted, batches, 1)["y"][latent]
+    top = expected[expected > 0].sort(descending=True).values[:12]
+    torch.testing.assert_close(torch.tensor([e["max"] for e in found]), top, atol=1e-4, rtol=0)
+    assert all(math.isclose(e["max"], max(e["acts"]), abs_tol=1e-4) for e in found)
+    text = [tokenizer.decode([t]) for t in torch.cat(batches)[:, 1:].flatten().tolist()]
+    assert {len(e["tokens"]) for e in found} <= {15, 16}
+    assert all("".join(e["tokens"]) in "".join(text) for e in found)
+
+
+def flat(value, path=""):
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for i, part in items for k, v in flat(part, f"{path}.{i}").items()}
+    return {path: value}
+
+
+def test_the_batch_size_does_not_change_a_number(finished):
+    results = []
+    for size in ("1", "5"):
+        options = evaluate.parse(
+            [str(finished), *SMALL, "--dtype", "float64", "--batch-size", size]
+        )
+        results.append(flat(evaluate.evaluate(str(finished), options)))
+    one, other = results
+    assert one.keys() == other.keys() and len(one) > 1000
+    for path, value in one.items():
+        number = isinstance(value, float)
+        expected = pytest.approx(other[path], rel=1e-9, abs=1e-11) if number else other[path]
+        assert value == expected, path
+
+
+def test_the_program_writes_numbers_figures_and_a_report(run_copy, finished, tmp_path, capsys):
+    second = shutil.copytree(finished, tmp_path / "second")
+    plot = ["--plot", "jacobian_coef", "jacobian.hoyer"]
+    assert evaluate.main([str(run_copy), str(second), *SMALL, *plot]) == 0
+    out = capsys.readouterr().out
+    saved = json.loads((run_copy / "evaluation.json").read_text())
+    assert f"{saved['jacobian']['hoyer']:.4g}" in out and "| copy | second |" in out
+    paths = ("reconstruction.x.fvu", "ce.both.kl", "jacobian.count_above.linf", "tokens", "seed")
+    for path in paths:
+        assert evaluate.lookup(saved, path) is not None
+    assert saved["linearity"]["linear"] == evaluate.lookup(json.loads((second / "evaluation.json").read_text()), "linearity.linear")  # fmt: skip
+    kinds = [saved["linearity"][kind] for kind in ("linear", "jumprelu", "other")]
+    assert sum(kinds) == pytest.approx(1) == sum(saved["linearity"]["relative"].values())
+    groups = [saved["linearity"][name] for name in ("on_line", "cluster", "outlier")]
+    assert sum(groups) == pytest.approx(1)
+    figures = {p.name for p in (run_copy / "figures").glob("*.png")}
+    assert figures == {
+        f"{n}.png" for n in ("overview", "histogram", "functions", "jacobians", "plot-0")
+    }
+    page = (run_copy / "report.html").read_text()
+    assert "<script" not in page and page.count("data:image/png;base64,") == len(figures)
+    assert all(v.startswith("data:") for v in re.findall(r'(?:src|href)="([^"]*)', page))
+    assert (
+        page.count("<details>") == page.count("</details>") > 6
+        and not (second / "report.html").exists()
+    )
+    changed_text = json.dumps(saved | {"tokens": 1})
+    (run_copy / "evaluation.json").write_text(changed_text)
+    assert evaluate.main([str(run_copy), "--reuse", *SMALL]) == 0
+    assert (run_copy / "evaluation.json").read_text() == changed_text
+
+
+def test_text_from_data_is_escaped_in_the_report():
+    example = {"tokens": ["<b>", "&"], "acts": [1.0, 2.0], "max": 2.0}
+    page = evaluate.snippets([example])
+    assert "<b>" not in page and "&lt;b&gt;" in page and "--a:0.50" in page and "&amp;" in page
+
+
+EVALUATION = [  # flags or what is done to the run, what the line on stderr must say
+    (["--tokens", "0"], "--tokens is 0"),
+    (["--tokens", "many"], "many"),
+    (["--tokens", "100000000"], "held out"),
+    (["--batch-size", "-1"], "--batch-size is -1"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--dtype", "float16"], "float16"),
+    (["--thresholds", "low"], "low"),
+    (["--latents", "64"], "output latents 0 to 63"),
+    (["--plot", "nothing", "jacobian.hoyer"], "no nothing in the evaluation"),
+    (["--plot", "model", "jacobian.hoyer"], "--plot model"),
+    (["--dataset", "no-such-file.txt"], "no-such-file.txt"),
+    (["--device", "cuda:99"], "cuda:99"),
+    (["--no-such-flag"], "--no-such-flag"),
+    ("no run", "not a finished run"),
+    ("no weights", "not a finished run"),
+    ("model gone", "no-such-model"),
+    ("model changed", "changed"),
+    ("unfinished evaluation", "leave out --reuse"),
+    ("output is a file", "taken"),
+    ("no matplotlib", "pip install matplotlib"),
+]
+
+
+@pytest.mark.parametrize("case, says", EVALUATION, ids=[str(case) for case, _ in EVALUATION])
+def test_bad_evaluations_get_one_line_and_status_2(
+    case, says, run_copy, tmp_path, capsys, monkeypatch
+):
+    flags = case if isinstance(case, list) else []
+    settings = run_copy / "config.json"
+    if case == "no run":
+        settings.unlink()
+    elif case == "no weights":
+        (run_copy / "sae_y" / "sae_weights.safetensors").unlink()
+    elif case == "model gone":
+        info = json.loads(settings.read_text())
+        info["config"]["model"] = str(tmp_path / "no-such-model")
+        settings.write_text(json.dumps(info))
+    elif case == "model changed":
+        info = json.loads(settings.read_text())
+        settings.write_text(json.dumps(info | {"mlp_sha256": "0" * 64}))
+    elif case == "unfinished evaluation":
+        (run_copy / "evaluation.json").write_text('{"config": {}')
+        flags = ["--reuse"]
+    elif case == "output is a file":
+        (tmp_path / "taken").write_text("")
+        flags = ["--output-dir", str(tmp_path / "taken")]
+    elif case == "no matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    before = {p: p.read_bytes() for p in run_copy.rglob("*") if p.is_file()}
+    assert evaluate.main([str(run_copy), *SMALL, *flags]) == 2
+    out, err = capsys.readouterr()
+    line = err.splitlines()[-1]
+    assert line.startswith("evaluate.py: error:") and says in line and "Traceback" not in err
+    assert before == {p: p.read_bytes() for p in before}
+    if case == "no matplotlib":
+        assert "Hoyer" in out and (run_copy / "evaluation.json").exists()
 
 
 # ---- Command line --------------------------------------------------------------------------------

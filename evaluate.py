@@ -436,7 +436,6 @@ def evaluate(run, options):
 # ---- Table and figures ---------------------------------------------------------------------------
 TABLE = (  # what: its parts, path in evaluation.json, what {} in it stands for
     ("explained variance: x / y", "reconstruction.{}.explained_variance", "x y"),
-    ("cosine similarity: x / y", "reconstruction.{}.cosine", "x y"),
     ("dead latents: x / y", "reconstruction.{}.dead", "x y"),
     ("CE loss score: x / y / whole path", "ce.{}.score", "x y both"),
     ("KL in nats: x / y / whole path", "ce.{}.kl", "x y both"),
@@ -558,6 +557,7 @@ def draw(names, results, plots, folder):
         figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size)
         caption = paint(names, results, axes)
         for ax in figure.axes:
+            ax.set_visible(ax.has_data())
             ax.tick_params(labelsize=7)
             if ax.get_legend_handles_labels()[0]:
                 ax.legend(fontsize=7)
@@ -578,11 +578,11 @@ span{background:rgba(255,140,0,var(--a))}"""
 
 def snippets(examples):
     """Windows of text as HTML, every token shaded by its activation as a share of the largest."""
-    top = max((example["max"] for example in examples), default=0) or 1
-    lines = []
+    lines, top = [], max((example["max"] for example in examples), default=0) or 1
     for example in examples:
         shades = (f'<span style="--a:{value / top:.2f}">' for value in example["acts"])
-        spans = (f"{s}{html.escape(t)}</span>" for s, t in zip(shades, example["tokens"]))
+        texts = (html.escape(token.replace("\n", "↵")) for token in example["tokens"])
+        spans = (f"{shade}{text}</span>" for shade, text in zip(shades, texts))
         lines.append(f"<pre>{example['max']:.2f}  {''.join(spans)}</pre>")
     return "".join(lines)
 

@@ -1127,7 +1127,11 @@ def test_as_a_program_copied_alone(config, tmp_path):
     assert_refused(status, error, "'x'", tmp_path)
 
 
-def test_the_readmes_snippet_runs():
-    snippet = (jsae.HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    snippet += "assert J.shape == (64, 16, 16) and sae_x.W_dec.grad.isfinite().all()"
-    subprocess.run([sys.executable, "-c", snippet], cwd=jsae.HERE, check=True, timeout=120)
+def test_the_readmes_snippets_run():
+    first, speed, *_ = (jsae.HERE / "README.md").read_text().split("```python\n")[1:]
+    first = first.split("```")[0] + "assert J.shape == (64, 16, 16) and sae_x.W_dec.grad.any()"
+    sizes = "B=4096, d=512, n=16384, h=2048, k=32", "B=8, d=8, n=64, h=16, k=2"
+    assert sizes[0] in speed
+    speed = re.sub(r'\{"[Bknhd]": \d+\}', '{"k": 3}', speed.split("```")[0].replace(*sizes))
+    for snippet in (first, speed):
+        subprocess.run([sys.executable, "-c", snippet], cwd=jsae.HERE, check=True, timeout=120)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import jsae
 from jsae import InputError, Latents, active_jacobian
 
-KINDS = ("linear", "jumprelu", "other")
+FILES, KINDS = (".txt", ".jsonl", ".zst", ".parquet", ".arrow"), ("linear", "jumprelu", "other")
 SCALES = ("raw", "l1", "l2", "linf")  # J as it is, or divided by a norm of each token's J
 BIN, BINS = 0.001, 1100  # histogram of |J|: 1100 bins and one for all that lies above
 WINDOW, WINDOWS, PICTURES = 16, 12, 4  # tokens of an example, examples of a latent, pictures of J
@@ -45,10 +45,6 @@ GRID, LARGEST = 100, 5.0  # points of [0, max(5, s + 1)] at which a function of 
 def held_out_contexts(config, options, model, tokenizer, context_size):
     """Yield token ids (contexts, T), --batch-size contexts at a time, --tokens evaluated tokens in
     all, rounded up to whole contexts. InputError if the held-out text has fewer."""
-    local = config.dataset == "stdlib" or Path(config.dataset).exists()
-    own = (config.dataset, config.split) if local else ("allenai/c4:en", "validation")
-    dataset, split = (options.dataset, options.split) if options.dataset else own
-    config = dataclasses.replace(config, dataset=dataset, split=split)
     width = context_size - (not config.keep_first_token)
     n, found = math.ceil(options.tokens / width), 0
     contexts = islice(jsae.token_contexts(config, model, tokenizer, context_size, True), n)
@@ -56,7 +52,7 @@ def held_out_contexts(config, options, model, tokenizer, context_size):
         found += len(batch)
         yield torch.tensor(np.stack(batch), device=model.device)
     if found < n:
-        raise InputError(f"--tokens {options.tokens}; {dataset} has {found * width} held out")
+        raise InputError(f"--tokens {options.tokens}; {config.dataset} holds out {found * width}")
 
 
 # ---- Reconstruction ------------------------------------------------------------------------------
@@ -343,8 +339,8 @@ def examples(saes, mlp, model, tokenizer, wanted, batches, skip):
 
 # ---- One run -------------------------------------------------------------------------------------
 def open_run(run, options):
-    """-> (sae_x, sae_y, config, model, tokenizer, mlp, context size). InputError if it is no
-    finished run, its model is gone, or the MLP's weights are not those of the training."""
+    """-> (sae_x, sae_y, config, model, tokenizer, mlp, context size, config with the held-out text).
+    InputError if it is no finished run, its model is gone or has another MLP than at training."""
     sae_x, sae_y, config = jsae.load_run(run)
     folder = Path(run) if Path(run).is_dir() else Path(huggingface_hub.snapshot_download(run))
     info = json.loads((folder / "config.json").read_text())
@@ -356,9 +352,13 @@ def open_run(run, options):
     weights = hashlib.sha256(safetensors.torch.save(mlp.state_dict())).hexdigest()
     if weights != info["mlp_sha256"]:
         raise InputError(f"{run}: {config.model} has changed since the run was trained on its MLP")
-    dtype = getattr(torch, options.dtype)
+    path, dtype = Path(config.dataset), getattr(torch, options.dtype)
+    local = path.suffix in FILES or path.exists() or config.dataset == "stdlib"
+    own = (config.dataset, config.split) if local else ("allenai/c4:en", "validation")
+    dataset, split = (options.dataset, options.split) if options.dataset else own
+    text = dataclasses.replace(config, dataset=dataset, split=split)
     saes = (sae.to(device, dtype).requires_grad_(False) for sae in (sae_x, sae_y))
-    return *saes, config, model.to(dtype), tokenizer, mlp.to(dtype), info["context_size"]
+    return *saes, config, model.to(dtype), tokenizer, mlp.to(dtype), info["context_size"], text
 
 
 class Draws:
@@ -391,11 +391,11 @@ class Draws:
 def evaluate(run, options):
     """-> what evaluation.json holds: numbers, lists and strings. One pass over the held-out text
     with streaming sums, and a second one for the text of the examples."""
-    sae_x, sae_y, config, model, tokenizer, mlp, T = open_run(run, options)
+    sae_x, sae_y, config, model, tokenizer, mlp, T, text = open_run(run, options)
     skip, k, n = 0 if config.keep_first_token else 1, config.k, sae_x.n_latents
     if any(not 0 <= latent < n for latent in options.latents):
         raise InputError(f"--latents {options.latents}; {run} has output latents 0 to {n - 1}")
-    width, batches = T - skip, partial(held_out_contexts, config, options, model, tokenizer, T)
+    width, batches = T - skip, partial(held_out_contexts, text, options, model, tokenizer, T)
     tokens = math.ceil(options.tokens / width) * width
     draws, saes, done = Draws(tokens, k, options), {"x": sae_x, "y": sae_y}, 0
     table = GlobalJacobian(n, options.latents, draws.generator, model.device)
@@ -430,7 +430,8 @@ def evaluate(run, options):
     wanted["x"] = sorted({e["latent"] for latent in result["latents"] for e in latent["inputs"]})
     result["examples"] = examples(saes, mlp, model, tokenizer, wanted, batches(), skip)
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    return result | {"tokens": tokens, "seed": options.seed, "versions": versions}
+    kept = {"text": text.dataset, "tokens": tokens, "seed": options.seed, "versions": versions}
+    return result | kept
 
 
 # ---- Table and figures ---------------------------------------------------------------------------
@@ -554,14 +555,13 @@ def draw(names, results, plots, folder):
     jobs |= {f"plot-{n}": (partial(draw_plot, *xy), 1, 1) for n, xy in enumerate(plots)}
     for name, (paint, rows, columns) in jobs.items():
         size = min(14, 2 + 4 * columns), 1 + 2.7 * rows
-        figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size)
+        figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="tight")
         caption = paint(names, results, axes)
         for ax in figure.axes:
             ax.set_visible(ax.has_data())
             ax.tick_params(labelsize=7)
             if ax.get_legend_handles_labels()[0]:
                 ax.legend(fontsize=7)
-        figure.tight_layout()
         figure.savefig(folder / f"{name}.png", dpi=120)
         plt.close(figure)
         done.append((f"{name}.png", caption))
@@ -650,7 +650,7 @@ def parse(argv):
     axes = "draw Y against X over the runs: settings, or paths in evaluation.json"
     parser.add_argument("--plot", nargs=2, action="append", metavar=("X", "Y"), help=axes)
     options = parser.parse_args(argv)
-    options.thresholds = sorted(options.thresholds)
+    options.thresholds.sort()
     for name, value in vars(options).items():
         if type(value) is int and value < (name != "seed"):
             parser.error(f"--{name.replace('_', '-')} is {value}; expected a whole number above 0")

@@ -662,14 +662,15 @@ SMALL = ["--tokens", "400", "--linear-samples", "60", "--second-samples", "3", "
 
 
 def opened(run, *flags):
-    """-> options, and what evaluate.open_run returns for them."""
+    """-> options, and what evaluate.open_run returns for them, but for the config."""
     options = evaluate.parse([str(run), *SMALL, *flags])
-    return options, *evaluate.open_run(str(run), options)
+    sae_x, sae_y, _, *rest = evaluate.open_run(str(run), options)
+    return options, sae_x, sae_y, *rest
 
 
 def test_reconstruction_is_that_of_all_held_out_tokens_at_once(finished):
-    options, sae_x, sae_y, config, model, tokenizer, mlp, T = opened(finished)
-    ids = torch.cat([*evaluate.held_out_contexts(config, options, model, tokenizer, T)])
+    options, sae_x, sae_y, model, tokenizer, mlp, T, text = opened(finished)
+    ids = torch.cat([*evaluate.held_out_contexts(text, options, model, tokenizer, T)])
     x = jsae.mlp_inputs(model, mlp, ids)[:, 1:].flatten(0, 1)
     assert len(x) == 403  # 13 contexts of 32 tokens, the first token of each left out
     result = evaluate.evaluate(str(finished), options)["reconstruction"]
@@ -688,8 +689,8 @@ def test_reconstruction_is_that_of_all_held_out_tokens_at_once(finished):
 
 @pytest.mark.parametrize("skip", [0, 1])
 def test_cross_entropies_equal_transformers_own_loss(finished, skip):
-    options, sae_x, sae_y, config, model, tokenizer, mlp, T = opened(finished, "--dtype", "float64")
-    ids = next(evaluate.held_out_contexts(config, options, model, tokenizer, T))
+    options, sae_x, sae_y, model, tokenizer, mlp, T, text = opened(finished, "--dtype", "float64")
+    ids = next(evaluate.held_out_contexts(text, options, model, tokenizer, T))
     found = evaluate.performance(evaluate.performance_sums(model, mlp, sae_x, sae_y, ids, skip))
     labels, module = ids.clone(), model.gpt_neox.layers[0].mlp
     labels[:, : skip + 1] = -100
@@ -837,7 +838,7 @@ def test_a_function_of_one_latent_moves_the_true_x_along_its_decoder_row():
 
 
 def test_second_differences_of_a_parabola_are_its_second_derivative(finished, monkeypatch):
-    options, sae_x, sae_y, *_, mlp, _ = opened(finished)
+    options, sae_x, sae_y, *_, mlp, _, _ = opened(finished)
     monkeypatch.setattr(evaluate, "along_latent", lambda *args: -1.5 * args[-1] ** 2)
     samples = {"s": torch.tensor([1.0, 8.0, 2.0]), "x": torch.zeros(3, 16)}
     found = evaluate.second_differences(sae_x, sae_y, mlp, samples, options)
@@ -846,8 +847,8 @@ def test_second_differences_of_a_parabola_are_its_second_derivative(finished, mo
 
 
 def test_examples_are_the_windows_where_a_latent_is_largest(finished):
-    options, sae_x, sae_y, config, model, tokenizer, mlp, T = opened(finished)
-    batches = [*evaluate.held_out_contexts(config, options, model, tokenizer, T)]
+    options, sae_x, sae_y, model, tokenizer, mlp, T, text = opened(finished)
+    batches = [*evaluate.held_out_contexts(text, options, model, tokenizer, T)]
     x = jsae.mlp_inputs(model, mlp, torch.cat(batches))[:, 1:]  # (13, 31, 16)
     acts, idx = sae_y.encode(mlp(x))
     latent = idx[acts > 0].mode().values.item()
@@ -858,9 +859,9 @@ def test_examples_are_the_windows_where_a_latent_is_largest(finished):
     top = expected[expected > 0].sort(descending=True).values[:12]
     torch.testing.assert_close(torch.tensor([e["max"] for e in found]), top, atol=1e-4, rtol=0)
     assert all(math.isclose(e["max"], max(e["acts"]), abs_tol=1e-4) for e in found)
-    text = [tokenizer.decode([t]) for t in torch.cat(batches)[:, 1:].flatten().tolist()]
+    words = [tokenizer.decode([t]) for t in torch.cat(batches)[:, 1:].flatten().tolist()]
     assert {len(e["tokens"]) for e in found} <= {15, 16}
-    assert all("".join(e["tokens"]) in "".join(text) for e in found)
+    assert all("".join(e["tokens"]) in "".join(words) for e in found)
 
 
 def flat(value, path=""):
@@ -878,7 +879,7 @@ def test_the_batch_size_does_not_change_a_number(finished):
         )
         results.append(flat(evaluate.evaluate(str(finished), options)))
     one, other = results
-    assert one.keys() == other.keys() and len(one) > 1000
+    assert one.keys() == other.keys() and len(one) > 1000 and one[".text"].endswith("docs.jsonl")
     for path, value in one.items():
         number = isinstance(value, float)
         expected = pytest.approx(other[path], rel=1e-9, abs=1e-11) if number else other[path]
@@ -926,7 +927,7 @@ def test_text_from_data_is_escaped_in_the_report():
 EVALUATION = [  # flags or what is done to the run, what the line on stderr must say
     (["--tokens", "0"], "--tokens is 0"),
     (["--tokens", "many"], "many"),
-    (["--tokens", "100000000"], "held out"),
+    (["--tokens", "100000000"], "holds out"),
     (["--batch-size", "-1"], "--batch-size is -1"),
     (["--seed", "-1"], "--seed is -1"),
     (["--dtype", "float16"], "float16"),
@@ -941,6 +942,7 @@ EVALUATION = [  # flags or what is done to the run, what the line on stderr must
     ("no weights", "not a finished run"),
     ("model gone", "no-such-model"),
     ("model changed", "changed"),
+    ("text gone", "gone.jsonl"),
     ("unfinished evaluation", "leave out --reuse"),
     ("output is a file", "taken"),
     ("no matplotlib", "pip install matplotlib"),
@@ -964,6 +966,10 @@ def test_bad_evaluations_get_one_line_and_status_2(
     elif case == "model changed":
         info = json.loads(settings.read_text())
         settings.write_text(json.dumps(info | {"mlp_sha256": "0" * 64}))
+    elif case == "text gone":
+        info = json.loads(settings.read_text())
+        info["config"]["dataset"] = "gone.jsonl"
+        settings.write_text(json.dumps(info))
     elif case == "unfinished evaluation":
         (run_copy / "evaluation.json").write_text('{"config": {}')
         flags = ["--reuse"]

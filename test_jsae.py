@@ -688,10 +688,19 @@ def test_reconstruction_is_that_of_all_held_out_tokens_at_once(finished):
 
 
 @pytest.mark.parametrize("skip", [0, 1])
-def test_cross_entropies_equal_transformers_own_loss(finished, skip):
-    options, sae_x, sae_y, model, tokenizer, mlp, T, text = opened(finished, "--dtype", "float64")
-    ids = next(evaluate.held_out_contexts(text, options, model, tokenizer, T))
-    found = evaluate.performance(evaluate.performance_sums(model, mlp, sae_x, sae_y, ids, skip))
+def test_cross_entropies_equal_transformers_own_loss(skip):
+    sizes = {"vocab_size": 50, "hidden_size": 10, "intermediate_size": 14, "num_hidden_layers": 2}
+    settings = transformers.GPTNeoXConfig(**sizes, num_attention_heads=1)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(settings).double().eval()
+    for p in model.parameters():  # so that biases are not 0 and the MLP matters
+        p.data += 0.5 * torch.randn_like(p)
+        p.requires_grad_(False)
+    mlp, (sae_x, sae_y), T = MLP.from_model(model, 0), random_pair(), 12
+    ids = torch.randint(50, (3, T))
+    with torch.no_grad():
+        sums = evaluate.performance_sums(model, mlp, sae_x, sae_y, ids, skip)
+    found = evaluate.performance(sums)
     labels, module = ids.clone(), model.gpt_neox.layers[0].mlp
     labels[:, : skip + 1] = -100
     original, first = module.forward, torch.arange(T).view(1, -1, 1) < skip
@@ -723,6 +732,7 @@ def test_cross_entropies_equal_transformers_own_loss(finished, skip):
         score = (ablated - sae) / (ablated - found["clean"])
         assert found[site]["score"] == pytest.approx(score)
         assert found[site]["increase_ratio"] == pytest.approx(1 - score)
+    assert found["x"]["ablated"] != pytest.approx(found["y"]["ablated"], rel=1e-3)
 
 
 def test_measures_of_jacobians_worked_by_hand():
@@ -756,9 +766,11 @@ def test_scaling_every_jacobian_moves_only_the_measures_that_see_scale():
 
 
 def test_global_jacobian_is_the_mean_over_the_output_latents_tokens():
-    pair, mlp = random_pair(b_enc=-0.5), random_mlp()
+    pair, mlp = random_pair(b_enc=-1.5), random_mlp()
+    pair[1].b_enc.data -= 10  # the outputs are larger
     x = torch.randn(300, 10, dtype=DOUBLE)
     s_x, s_y = pair[0].encode(x), pair[1].encode(mlp(x))
+    assert (s_x.acts == 0).any() and (s_y.acts == 0).any()
     J = active_jacobian(*pair, mlp, x, s_x, s_y).detach()
     dense, active = torch.zeros(300, 30, 30, dtype=DOUBLE), torch.zeros(300, 30, dtype=torch.bool)
     for b in range(300):

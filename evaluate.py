@@ -84,9 +84,9 @@ def reconstruction(sums, tokens):
 
 # ---- Model performance ---------------------------------------------------------------------------
 def log_probabilities(model, mlp, ids, skip, site=None, replace=None):
-    """-> (contexts, predictions, vocabulary): of the model's predictions of the next token, those
-    made at a first token left out. At all other tokens `replace` maps x to a new x (site "x"), or x
-    and y to a new y (site "y")."""
+    """-> (contexts, predictions, vocabulary): the model's predictions of the next token but for the
+    first `skip` ones. At all tokens from `skip` on, `replace` maps x to a new x (site "x"), or x and
+    y to a new y (site "y")."""
     seen = []
 
     def replaced(old, new):
@@ -207,10 +207,10 @@ class GlobalJacobian:
             total.index_add_(0, at, value.flatten())
 
     def result(self, k, options):
-        """Counts above the thresholds as a share of all pairs, and the strongest output
-        latents, by mean |J| over their active pairs, with their 5 strongest input latents: mean and
-        standard deviation of J over the `count` tokens on which both are active. An output latent
-        must be active on 10 tokens, an edge on 3, unless it was asked for."""
+        """Counts above the thresholds as a share of all pairs, and the strongest output latents, by
+        mean |J| over their active pairs, with their 5 strongest input latents: mean and standard
+        deviation of J over the `count` tokens on which both are active. An output latent must be
+        active on 10 tokens, unless it was asked for; an edge comes before others if it is on 3."""
         total, signed, squares, count = self.sums.view(4, len(self.rows), self.n)
         mean = total / self.tokens.clamp(min=1).unsqueeze(1)  # (rows, n_x)
         shares = [(mean[: self.size] > t).double().mean().item() for t in options.thresholds]

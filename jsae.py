@@ -191,7 +191,7 @@ class MLP(nn.Module):
         return self.linearize(x, slice(0))[0]
 
     def linearize(self, x, t=slice(None)):
-        """x (B, d_model) -> (y, [(c, W), ...]); at x[t], df/dx = W_out . sum of diag(c) W.
+        """x (..., d_model) -> (y, [(c, W), ...]); at x[t], df/dx = W_out . sum of diag(c) W.
         Plain: phi'(z), W_in (Eq. 12). Gated: h phi'(g), W_gate and phi(g), W_in (Eq. 22 to 28)."""
         h = F.linear(x, self.W_in, self.b_in)  # (..., d_mlp), like c
         if self.W_gate is None:

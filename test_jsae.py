@@ -1089,8 +1089,9 @@ def test_bad_settings_get_one_line_and_status_2(settings, says, config, capsys, 
     assert not config.run_dir.exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_that_is_not_there_is_refused(config, capsys):
+def test_cuda_that_is_not_there_is_refused(config, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     status = jsae.main(flags(config, device="cuda"))
     assert_refused(status, capsys.readouterr().err, "--device cuda", config.run_dir)
 

@@ -344,10 +344,8 @@ def open_run(run, options):
     sae_x, sae_y, config = jsae.load_run(run)
     folder = Path(run) if Path(run).is_dir() else Path(huggingface_hub.snapshot_download(run))
     info = json.loads((folder / "config.json").read_text())
-    device = options.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise InputError(f"--device {device} is not available here; expected cpu")
-    model, tokenizer = jsae.load_language_model(config, device)
+    here = dataclasses.replace(config, device=options.device)
+    model, tokenizer = jsae.load_language_model(here)
     mlp = jsae.MLP.from_model(model, config.layer)
     weights = hashlib.sha256(safetensors.torch.save(mlp.state_dict())).hexdigest()
     if weights != info["mlp_sha256"]:
@@ -357,7 +355,7 @@ def open_run(run, options):
     own = (config.dataset, config.split) if local else ("allenai/c4:en", "validation")
     dataset, split = (options.dataset, options.split) if options.dataset else own
     text = dataclasses.replace(config, dataset=dataset, split=split)
-    saes = (sae.to(device, dtype).requires_grad_(False) for sae in (sae_x, sae_y))
+    saes = (sae.to(model.device, dtype).requires_grad_(False) for sae in (sae_x, sae_y))
     return *saes, config, model.to(dtype), tokenizer, mlp.to(dtype), info["context_size"], text
 
 
@@ -636,6 +634,7 @@ FLAGS = {  # default and help
 
 
 def parse(argv):
+    """-> the flags as a namespace. After an error, one line on stderr, argparse exits with 2."""
     parser = argparse.ArgumentParser("evaluate.py", description=__doc__.splitlines()[0])
     parser.print_usage = lambda file: None  # an error is one line
     parser.add_argument("runs", nargs="+", help="folders or hub ids of finished runs")

@@ -377,9 +377,13 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
 
 
 # ---- Language model, text, activations -----------------------------------------------------------
-def load_language_model(config, device):
+def load_language_model(config):
     """-> (model in float32, frozen; tokenizer or None). The control of section 5.3, from the seed:
     init re-draws every parameter as the model's own initialiser does, shuffle permutes each."""
+    device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device not in ["cpu", *["cuda"][: len(gpus)], *gpus]:
+        raise InputError(f"--device {device} is not available here; expected cpu or cuda")
     places, load = (Path(config.model), HERE / config.model), transformers.AutoModelForCausalLM
     name, tokenizer = next((str(p) for p in places if p.exists()), config.model), None
     try:
@@ -515,13 +519,9 @@ def train(config: Config) -> Path:
     replaceable = config.overwrite and {"config.json", "metrics.jsonl"} <= held
     if out.is_file() or (held and not replaceable):
         raise InputError(f"--output-dir {out} is taken; --overwrite replaces a run, and only a run")
-    device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if device not in ["cpu", *["cuda"][: len(gpus)], *gpus]:
-        raise InputError(f"--device {device} is not available here; expected cpu or cuda")
-    low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.startswith("cuda"))
-    autocast = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=low)
-    model, tokenizer = load_language_model(config, device)
+    model, tokenizer = load_language_model(config)
+    low = config.dtype == "bfloat16" or (config.dtype == "auto" and model.device.type == "cuda")
+    autocast = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=low)
     mlp = MLP.from_model(model, config.layer)
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     context_size = min(config.context_size, longest or config.context_size)
@@ -532,9 +532,9 @@ def train(config: Config) -> Path:
     batches = activation_batches(config, model, mlp, contexts, steps, autocast)
     torch.manual_seed(config.seed)
     d_model, n_latents = mlp.W_in.shape[1], config.expansion_factor * mlp.W_in.shape[1]
-    saes = nn.ModuleList(TopKSAE(d_model, n_latents, config.k) for _ in "xy").to(device)
+    saes = nn.ModuleList(TopKSAE(d_model, n_latents, config.k) for _ in "xy").to(model.device)
     adam = torch.optim.Adam(saes.parameters(), fused=True)
-    seen_at = torch.zeros(2, n_latents, dtype=torch.long, device=device)  # tokens, per latent
+    seen_at = torch.zeros(2, n_latents, dtype=torch.long, device=model.device)  # tokens
     bar, start = tqdm(total=steps * batch, unit="tok", unit_scale=True, mininterval=1), time.time()
     try:
         for step, x in enumerate(batches, 1):

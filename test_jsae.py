@@ -420,7 +420,7 @@ def config(model_dir, text_file, tmp_path):
 
 
 def contexts_of(config, held_out=False, n=10**9):
-    model, tokenizer = jsae.load_language_model(config, "cpu")
+    model, tokenizer = jsae.load_language_model(config)
     stream = jsae.token_contexts(config, model, tokenizer, config.context_size, held_out)
     return list(itertools.islice(stream, n)), tokenizer
 
@@ -496,7 +496,7 @@ def test_every_kind_of_local_data_gives_the_same_documents(kind, config, tmp_pat
 
 
 def batches_of(config, contexts, steps):
-    model, _ = jsae.load_language_model(config, "cpu")
+    model, _ = jsae.load_language_model(config)
     mlp, no_autocast = MLP.from_model(model, 0), partial(torch.autocast, "cpu", enabled=False)
     stream = jsae.activation_batches(config, model, mlp, iter(contexts), steps, no_autocast)
     return torch.cat(list(stream)), model
@@ -595,10 +595,10 @@ def test_saved_saes_follow_the_saelens_format(config):
 
 
 def test_random_controls_redraw_or_permute_every_parameter(config):
-    trained, _ = jsae.load_language_model(config, "cpu")
+    trained, _ = jsae.load_language_model(config)
     for how in ("init", "shuffle"):
         control = changed(config, randomize_weights=how, seed=5)
-        model, again = (jsae.load_language_model(control, "cpu")[0] for _ in range(2))
+        model, again = (jsae.load_language_model(control)[0] for _ in range(2))
         for (name, p), q, old in zip(
             model.named_parameters(), again.parameters(), trained.parameters()
         ):

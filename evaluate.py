@@ -34,7 +34,7 @@ from tqdm import tqdm
 import jsae
 from jsae import InputError, Latents, active_jacobian
 
-FILES, KINDS = (".txt", ".jsonl", ".zst", ".parquet", ".arrow"), ("linear", "jumprelu", "other")
+KINDS = ("linear", "jumprelu", "other")
 SCALES = ("raw", "l1", "l2", "linf")  # J as it is, or divided by a norm of each token's J
 BIN, BINS = 0.001, 1100  # histogram of |J|: 1100 bins and one for all that lies above
 WINDOW, WINDOWS, PICTURES = 16, 12, 4  # tokens of an example, examples of a latent, pictures of J
@@ -42,12 +42,12 @@ GRID, LARGEST = 100, 5.0  # points of [0, max(5, s + 1)] at which a function of 
 
 
 # ---- Text and activations ------------------------------------------------------------------------
-def held_out_contexts(config, options, model, tokenizer, context_size):
+def held_out_contexts(config, options, model, tokenizer):
     """Yield token ids (contexts, T), --batch-size contexts at a time, --tokens evaluated tokens in
     all, rounded up to whole contexts. InputError if the held-out text has fewer."""
-    width = context_size - (not config.keep_first_token)
+    width = config.context_size - (not config.keep_first_token)
     n, found = math.ceil(options.tokens / width), 0
-    contexts = islice(jsae.token_contexts(config, model, tokenizer, context_size, True), n)
+    contexts = islice(jsae.token_contexts(config, model, tokenizer, held_out=True), n)
     while batch := list(islice(contexts, options.batch_size)):
         found += len(batch)
         yield torch.tensor(np.stack(batch), device=model.device)
@@ -339,7 +339,7 @@ def examples(saes, mlp, model, tokenizer, wanted, batches, skip):
 
 # ---- One run -------------------------------------------------------------------------------------
 def open_run(run, options):
-    """-> (sae_x, sae_y, config, model, tokenizer, mlp, context size, config with the held-out text).
+    """-> (sae_x, sae_y, model, tokenizer, mlp, the run's config, the same with the held-out text).
     InputError if it is no finished run, its model is gone or has another MLP than at training."""
     sae_x, sae_y, config = jsae.load_run(run)
     folder = Path(run) if Path(run).is_dir() else Path(huggingface_hub.snapshot_download(run))
@@ -351,12 +351,12 @@ def open_run(run, options):
     if weights != info["mlp_sha256"]:
         raise InputError(f"{run}: {config.model} has changed since the run was trained on its MLP")
     path, dtype = Path(config.dataset), getattr(torch, options.dtype)
-    local = path.suffix in FILES or path.exists() or config.dataset == "stdlib"
+    local = path.suffix in jsae.KINDS or path.exists() or config.dataset == "stdlib"
     own = (config.dataset, config.split) if local else ("allenai/c4:en", "validation")
     dataset, split = (options.dataset, options.split) if options.dataset else own
     text = dataclasses.replace(config, dataset=dataset, split=split)
     saes = (sae.to(model.device, dtype).requires_grad_(False) for sae in (sae_x, sae_y))
-    return *saes, config, model.to(dtype), tokenizer, mlp.to(dtype), info["context_size"], text
+    return *saes, model.to(dtype), tokenizer, mlp.to(dtype), config, text
 
 
 class Draws:
@@ -389,11 +389,12 @@ class Draws:
 def evaluate(run, options):
     """-> what evaluation.json holds: numbers, lists and strings. One pass over the held-out text
     with streaming sums, and a second one for the text of the examples."""
-    sae_x, sae_y, config, model, tokenizer, mlp, T, text = open_run(run, options)
+    sae_x, sae_y, model, tokenizer, mlp, config, text = open_run(run, options)
     skip, k, n = 0 if config.keep_first_token else 1, config.k, sae_x.n_latents
     if any(not 0 <= latent < n for latent in options.latents):
         raise InputError(f"--latents {options.latents}; {run} has output latents 0 to {n - 1}")
-    width, batches = T - skip, partial(held_out_contexts, text, options, model, tokenizer, T)
+    width = config.context_size - skip
+    batches = partial(held_out_contexts, text, options, model, tokenizer)
     tokens = math.ceil(options.tokens / width) * width
     draws, saes, done = Draws(tokens, k, options), {"x": sae_x, "y": sae_y}, 0
     table = GlobalJacobian(n, options.latents, draws.generator, model.device)
@@ -684,13 +685,8 @@ def main(argv=None) -> int:
         if not drawn:
             raise InputError("the figures need matplotlib: pip install matplotlib")
         print(f"\nfigures and report: {folder / 'report.html'}")
-    except (InputError, OSError) as error:
-        print("evaluate.py: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as stop:  # argparse's, after --help or an error
-        return stop.code or 0
+    except (InputError, OSError, KeyboardInterrupt, SystemExit) as error:
+        return jsae.status_of(error, "evaluate.py")
     return 0
 
 

@@ -11,47 +11,58 @@ are trained so that their latents are sparse and so is the Jacobian J of the map
     L = MSE(x, x_hat) + MSE(y, y_hat) + jacobian_coef / k^2 sum |J|                          (Eq. 5)
     J = (W_enc_y[K_2] W_out) diag(phi'(z)) (W_in W_dec_x[K_1]^T), k x k for each token      (Eq. 16)
 
-    paper                 code
-    s_x, K_1; s_y, K_2    s_x, s_y: Latents(acts, idx), (B, k) each
-    W^enc, W^dec          W_enc, W_dec (n_latents, d_model): a latent is a row of both
-    W_1, W_2, W_g, phi    W_in (d_mlp, d_model), W_out (d_model, d_mlp), W_gate, act
-    J^(active)            J (B, k, k), J[b, i, j] = d s_y,i / d s_x,j
-    R, lambda             expansion_factor = n_latents / d_model, jacobian_coef
-
-phi' is taken at the true x (D.1). The README has all readings of the paper, with reasons.
-"""
+In the code: s_x, K_1 and s_y, K_2 are Latents(acts, idx), (B, k) each; a latent is a row of W_enc and
+W_dec (n_latents, d_model); W_1, W_2, W_g, phi are W_in, W_out, W_gate, act; J (B, k, k) is J[b, i, j]
+= d s_y,i / d s_x,j; R is expansion_factor, lambda jacobian_coef. The README has all readings."""
 
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
-import zlib
+from collections import Counter, namedtuple
 from contextlib import suppress
 from functools import partial
-from itertools import count, groupby, islice, permutations, product
+from itertools import groupby, islice, permutations, product, repeat
 from pathlib import Path
-from typing import NamedTuple
+from zlib import crc32
 
 import datasets
-import huggingface_hub
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
+from datasets import load_dataset
+from datasets.distributed import split_dataset_by_node
+from huggingface_hub import snapshot_download
+from torch import distributed, nn
+from torch.autograd.functional import vjp
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+HERE = Path(__file__).resolve().parent
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+KINDS = {".txt": "text", ".jsonl": "json", ".zst": "json", ".parquet": "parquet", ".arrow": "arrow"}
+CHUNK = {"cpu": 2**23, "cuda": 2**29}  # bytes that fit the cache of a CPU, or keep a GPU busy
+DEMO = {"model": "assets/tiny-pythia", "layer": 2, "dataset": "stdlib", "context_size": 256}
+DEMO |= {"tokens": 1_200_000, "batch_size": 2048, "lr": 3e-3, "k": 16, "expansion_factor": 4}
+Latents = namedtuple("Latents", "acts idx")  # (..., k): what TopK kept; not active if acts is 0
+weighted_rows = lambda w, W, idx: F.embedding_bag(idx, W, per_sample_weights=w, mode="sum")
+
 
 class InputError(ValueError):
-    """What was given cannot be used. One line: what was given, what was expected, what to do."""
+    """What was given, what was expected, what to do: one line."""
 
 
-# ---- Configuration -------------------------------------------------------------------------------
+def check(fine, message):
+    if not fine:
+        raise InputError(message)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A run's settings, saved with it. The defaults are the paper's for Pythia-70m, layer 3."""
@@ -76,43 +87,25 @@ class Config:
     dtype: str = HfArg(default="auto", help="large products; auto: bfloat16 on CUDA, else float32")
     output_dir: str = HfArg(default="", help="the run's folder; default: in runs/, by settings")
     overwrite: bool = HfArg(default=False, help="replace the run that the folder holds")
+    resume: bool = HfArg(default=False, help="go on with the run that the folder holds")
+    checkpoint_minutes: float = HfArg(default=10.0, help="time from one checkpoint to the next")
 
     def __post_init__(self):
-        least, control = {"layer": 0, "seed": 0, "context_size": 2}, self.randomize_weights
-        rules = {
-            "lr": (0 < self.lr < torch.inf, "a finite number above 0"),
-            "jacobian_coef": (0 <= self.jacobian_coef < torch.inf, "a finite number, 0 or more"),
-            "jacobian_fraction": (0 < self.jacobian_fraction <= 1, "a number above 0, at most 1"),
-            "randomize_weights": (control in ("none", "init", "shuffle"), "none, init or shuffle"),
-            "dtype": (self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
-        }
+        least = dict.fromkeys(("layer", "seed", "jacobian_coef", "checkpoint_minutes"), 0)
+        least |= {"context_size": 2, "jacobian_fraction": 1e-9, "lr": 1e-9}
+        words = {"dtype": ("auto", "float32", "bfloat16")}
+        words["randomize_weights"] = ("none", "init", "shuffle")
         for name, kind in Config.__annotations__.items():
-            value, low = getattr(self, name), least.get(name, 1)
-            whole = isinstance(value, int) and value >= low, f"a whole number, {low} or more"
-            fine, expected = whole if kind is int else rules.get(name, (True, ""))
-            if not fine:
-                raise InputError(f"--{name.replace('_', '-')} is {value!r}; expected {expected}")
-
-    @property
-    def run_dir(self) -> Path:
-        """output_dir, or a folder in runs/ named after the settings that studies vary."""
-        name = f"{Path(self.model).name}-L{self.layer}-R{self.expansion_factor}-k{self.k}"
-        end = f"{self.randomize_weights}-seed{self.seed}".removeprefix("none-")
-        return Path(self.output_dir or f"runs/{name}-lambda{self.jacobian_coef:g}-{end}")
-
-
-HERE = Path(__file__).resolve().parent
-# Without --model: about two minutes on two cores. Any flag given still wins.
-DEMO = {"model": "assets/tiny-pythia", "layer": 2, "dataset": "stdlib", "context_size": 256}
-DEMO |= {"tokens": 1_200_000, "batch_size": 2048, "lr": 3e-3, "k": 16, "expansion_factor": 4}
-
-
-# ---- Sparse autoencoders (section 3.1) -----------------------------------------------------------
-class Latents(NamedTuple):
-    """The k latents that TopK kept; one whose value is 0 after ReLU is not active."""
-
-    acts: torch.Tensor  # (..., k) values
-    idx: torch.Tensor  # (..., k) which latents they are
+            value, low, number = getattr(self, name), least.get(name, 1), kind in (int, float)
+            high = 1 if name == "jacobian_fraction" else 1e15
+            fine = low <= value <= high if number else value in words.get(name, (value,))
+            expected = words.get(name, f"{kind.__name__} from {low:g} to {high:g}")
+            check(fine, f"--{name.replace('_', '-')} is {value!r}; expected {expected}")
+        if not self.output_dir:  # named after the settings that studies vary
+            name = f"{Path(self.model).name}-L{self.layer}-R{self.expansion_factor}-k{self.k}"
+            end = f"lambda{self.jacobian_coef:g}-{self.randomize_weights}-seed{self.seed}"
+            name = f"runs/{name}-{end.replace('-none', '')}"
+            object.__setattr__(self, "output_dir", name)  # the class is frozen
 
 
 class TopKSAE(nn.Module):
@@ -121,31 +114,28 @@ class TopKSAE(nn.Module):
 
     def __init__(self, d_model: int, n_latents: int, k: int):
         super().__init__()
-        if not 1 <= k <= n_latents:
-            raise InputError(f"k is {k}; expected 1 to {n_latents}, the number of latents")
+        check(1 <= k <= n_latents, f"k is {k}; expected 1 to {n_latents}, the number of latents")
         self.d_model, self.n_latents, self.k = d_model, n_latents, k
         self.W_dec = nn.Parameter(F.normalize(torch.randn(n_latents, d_model)))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
 
-    def encode(self, x) -> Latents:
-        """x (..., d_model) -> Latents (..., k). Eq. 1."""
+    def encode(self, x):  # (..., d_model) -> Latents (..., k). Eq. 1
         values, idx = F.linear(x, self.W_enc, self.b_enc).topk(self.k)
         return Latents(F.relu(values), idx)
 
-    def decode(self, latents):
-        """Latents (..., k) -> x_hat (..., d_model). Eq. 2."""
+    def decode(self, latents):  # (..., k) -> x_hat (..., d_model). Eq. 2
         return (latents.acts.unsqueeze(-2) @ self.W_dec[latents.idx]).squeeze(-2) + self.b_dec
 
     def forward(self, x):
         return self.decode(self.encode(x))
 
 
-# ---- The MLP and its derivative ------------------------------------------------------------------
 LINEAR = (nn.Linear, transformers.Conv1D)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 tanh_gelu, C = partial(F.gelu, approximate="tanh"), (8 / torch.pi) ** 0.5
+swish_grad = lambda z, u, du: torch.sigmoid(u) * (1 + z * torch.sigmoid(-u) * du)  # (z sigmoid(u))'
 ACTIVATIONS = (  # (phi, phi')
     (F.gelu, lambda z: torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / (2 * torch.pi) ** 0.5),
     (tanh_gelu, lambda z: swish_grad(z, C * (z + 0.044715 * z**3), C * (1 + 0.134145 * z * z))),
@@ -156,19 +146,13 @@ ACTIVATIONS = (  # (phi, phi')
 )
 
 
-def swish_grad(z, u, du):  # d/dz of z sigmoid(u), where du = du/dz
-    return torch.sigmoid(u) * (1 + z * torch.sigmoid(-u) * du)
-
-
 def with_derivative(act):
     """(phi, phi') of an elementwise function: by hand if among ACTIVATIONS, else by autodiff."""
     device = next((p.device for p in getattr(act, "parameters", list)()), "cpu")
     grid = torch.linspace(-8, 8, 1601, device=device)
-    values = act(grid)
-    if not torch.allclose(values[::7], act(grid[::7]), atol=1e-6):
-        raise InputError(f"the activation {act} is not an elementwise function")
+    check(torch.allclose(act(grid)[::7], act(grid[::7]), atol=1e-6), f"{act} is not elementwise")
     for known, derivative in ACTIVATIONS:
-        if torch.allclose(values, known(grid), rtol=0, atol=1e-5):
+        if torch.allclose(act(grid), known(grid), rtol=0, atol=1e-5):
             return known, derivative
     return partial(act), lambda z: torch.func.vjp(act, z)[1](torch.ones_like(z))[0]
 
@@ -206,9 +190,8 @@ class MLP(nn.Module):
         """The MLP of one layer of a transformers causal LM. ValueError if it has no dense one."""
         n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-        where = f"layer {layer} of {type(model).__name__}"
-        if not lists or not 0 <= layer < n_layers:
-            raise InputError(f"there is no {where}; --layer takes 0 to {n_layers - 1}")
+        fine, where = lists and 0 <= layer < n_layers, f"layer {layer} of {type(model).__name__}"
+        check(fine, f"there is no {where}; --layer takes 0 to {n_layers - 1}")
         ids = model.dummy_inputs["input_ids"].to(model.device)
         return find_mlp(lists[0][layer], partial(model, input_ids=ids, use_cache=False), where)
 
@@ -216,8 +199,7 @@ class MLP(nn.Module):
     def from_module(cls, module) -> "MLP":
         """The MLP that module(x) computes. ValueError if it is not one dense MLP."""
         maps = [m for m in module.modules() if isinstance(m, LINEAR)]
-        if not maps:
-            raise InputError(f"{type(module).__name__} has no linear map; expected a dense MLP")
+        check(maps, f"{type(module).__name__} has no linear map; expected a dense MLP")
         W = maps[0].weight.T if isinstance(maps[0], nn.Linear) else maps[0].weight  # (in, out)
         x = torch.randn(2, 16, len(W), generator=torch.Generator().manual_seed(0)).to(W)
         return find_mlp(module, partial(module, x), type(module).__name__)
@@ -226,12 +208,10 @@ class MLP(nn.Module):
 @torch.no_grad()
 def find_mlp(block, run, where) -> MLP:
     """The MLP in `block`: two or three linear maps, children of one module, that run() calls. Every
-    reading (which map, or half of one, is which; which function is phi) is tried on what entered
-    and left the maps; the one that reproduces it, up to TOLERANCE, is returned."""
+    reading (which one, or half, is which map; phi) is tried: it must reproduce y, up to TOLERANCE."""
     names = " ".join(f"{name} {type(m).__name__}" for name, m in block.named_modules()).lower()
-    if "expert" in names or "moe" in names:
-        raise InputError(f"{where} is a mixture of experts; expected one dense MLP")
-    seen, inside = {}, list(block.modules())
+    check("moe" not in names and "expert" not in names, f"{where} is a mixture of experts")
+    seen, inside, acts = {}, list(block.modules()), {}
 
     def observe(module, args, output):  # copies, because models may add to x and y in place
         if module in inside and isinstance(module, LINEAR):
@@ -240,99 +220,66 @@ def find_mlp(block, run, where) -> MLP:
 
     with nn.modules.module.register_module_forward_hook(observe):
         run()
-    others, acts = [m for m in inside if m not in seen], {}
-    for f in [f for m in others for f in (m, *vars(m).values())] + [phi for phi, _ in ACTIVATIONS]:
+    for f in [f for m in inside for f in (m, *vars(m).values())] + [phi for phi, _ in ACTIVATIONS]:
         with suppress(TypeError, ValueError, RuntimeError, AttributeError, LookupError):
             acts[with_derivative(f)[0]] = None  # f is an elementwise function of one tensor
-    for act, parent in product(acts, others):
-        maps = [m for m in parent.children() if m in seen]
-        for *readers, down in permutations(maps) if len(maps) in (2, 3) else ():
-            (W_out, b_out, _, y), whole = seen[down], [seen[m][:2] for m in readers]
-            (W, b), *_ = whole  # may hold W_in and W_gate, in either order
-            halves = list(zip(W.chunk(2), (None, None) if b is None else b.chunk(2)))
-            for up, *gate in (whole, halves, halves[::-1]):
+    for act, parent in product(acts, inside):
+        maps = [m for m in seen if m in parent.children()]  # in order of execution
+        for down in maps if len(maps) in (2, 3) else ():
+            (W_out, b_out, _, y), readers = seen[down], [m for m in maps if m is not down]
+            parts, d = [], W_out.shape[1]  # (W, b) of W_in, or W_in and W_gate, maybe of one map
+            for W, b, *_ in (seen[m] for m in readers):
+                parts += zip(W.split(d), repeat(None) if b is None else b.split(d))
+            for up, *gate in permutations(parts) if len(parts) in (1, 2) else ():
                 if all(W.T.shape == W_out.shape for W, _ in (up, *gate)):
                     mlp = MLP(*up, W_out, b_out, *(gate[0] if gate else ()), act=act)
-                    mlp.sites = (*sorted(readers, key=list(seen).index), down)
-                    x = seen[readers[0]][2].to(mlp.W_in.dtype)
-                    if (mlp(x) - y).norm() <= TOLERANCE[y.dtype] * y.norm():
+                    mlp.sites, x = (*readers, down), seen[readers[0]][2]
+                    if (mlp(x.to(mlp.W_in.dtype)) - y).norm() <= TOLERANCE[y.dtype] * y.norm():
                         return mlp
     raise InputError(f"{where} has no single dense MLP, plain or gated, that can be reproduced")
 
 
-# ---- The Jacobian (section 4.2, appendix A) ------------------------------------------------------
 def active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y):
-    """J[..., i, j] = d s_y,i / d s_x,j of the active latents (..., k, k). Eq. 16; Eq. 29 if gated.
-    The MLP is linearised at x (..., d_model): the true input in the stable setup (D.1), x_hat in
-    the paper's literal f_s. Rows and columns of latents that ReLU switched off are 0."""
+    """J[..., i, j] = d s_y,i / d s_x,j, (..., k, k), 0 for latents that ReLU switched off. Eq. 16, 29.
+    The MLP is linearised at x (..., d_model): the true input (D.1), or x_hat as in Eq. 3."""
     left = sae_y.W_enc[s_y.idx] @ mlp.W_out  # (..., k, d_mlp)
     right = sum(c.unsqueeze(-2) * (sae_x.W_dec[s_x.idx] @ W.T) for c, W in mlp.linearize(x)[1])
     return left @ right.mT * (s_y.acts > 0).unsqueeze(-1) * (s_x.acts > 0).unsqueeze(-2)
 
 
-# The same at the speed of the hardware, with nothing of size B x n_latents or B x k x d_mlp.
-def chunks(B, bytes_per_token, x):
-    """Slices of range(B), of tokens whose work fits the cache of a CPU or keeps a GPU busy."""
-    size = max(1, 2 ** (29 if x.is_cuda else 23) // bytes_per_token)
-    return [slice(i, i + size) for i in range(0, B, size)]
-
-
-def top_k(z, k):
-    """Indices of the k largest of each row, (B, n) -> (B, k), in two stages: they lie in those k
-    columns of the row's (groups, n / groups) table that have the largest maxima."""
-    groups = 32 if z.shape[1] % 32 == 0 and z.shape[1] >= 32 * k else 1
-    table = z.unflatten(1, (groups, -1))
-    column = table.amax(1).topk(k).indices  # (B, k)
-    i = table.gather(2, column.unsqueeze(1).expand(-1, groups, -1)).flatten(1).topk(k).indices
-    return i // k * table.shape[2] + column.gather(1, i % k)
-
-
-def weighted_rows(w, W, idx):  # sum_i w[b, i] W[idx[b, i]]: (B, d)
-    return F.embedding_bag(idx, W, per_sample_weights=w, mode="sum")
-
-
-class Encode(torch.autograd.Function):
-    """TopKSAE.encode for constant x, with a backward pass that touches k rows per token.
-    z[b, i] = x[b] . W[idx[b, i]] is the derivative of x . weighted_rows(w, W, idx) in w, and the
-    gradient that W gets from z is that of weighted_rows with the gradient of z as weights."""
+class Products(torch.autograd.Function):
+    """z[b, i] = x[b] . W[idx[b, i]] is the derivative in w of x . weighted_rows, the sum of w[b, i]
+    W[idx[b, i]]. W gets from z the gradient of weighted_rows with z's gradient as weights."""
 
     @staticmethod
-    @torch.enable_grad()
-    def forward(ctx, x, W, b, k, low):
-        W, b = W.detach(), b.detach()
-        rows, low_W, low_b = x.to(low), W.to(low), b.to(low)  # for the choice of latents alone
-        slices = chunks(len(x), len(W) * low.itemsize, x)
-        idx = torch.cat([top_k(F.linear(rows[t], low_W, low_b), k) for t in slices])
-        w = torch.zeros_like(idx, dtype=W.dtype, requires_grad=True)
-        acts = F.relu(torch.autograd.grad(weighted_rows(w, W, idx), w, x)[0] + b[idx])
-        ctx.save_for_backward(x, W, acts, idx)
-        return acts, idx
+    def forward(ctx, x, W, idx):
+        ctx.save_for_backward(x, W, idx)
+        w = torch.zeros_like(idx, dtype=W.dtype)
+        return vjp(lambda w: weighted_rows(w, W, idx), w, x)[1]
 
     @staticmethod
-    @torch.enable_grad()
-    def backward(ctx, grad, _):
-        x, W, acts, idx = ctx.saved_tensors
-        grad, W = (grad * (acts > 0)).detach(), W.detach().requires_grad_()
-        grad_b = grad.new_zeros(len(W)).index_add_(0, idx.flatten(), grad.flatten())
-        return None, torch.autograd.grad(weighted_rows(grad, W, idx), W, x)[0], grad_b, None, None
+    def backward(ctx, grad):
+        x, W, idx = ctx.saved_tensors
+        return None, vjp(lambda W: weighted_rows(grad, W, idx), W, x)[1], None
 
 
 class JacobianL1(torch.autograd.Function):
-    """Sum of |J| and its exact gradients, from one pass over chunks of tokens. With left = W_enc_y
-    W_out and right = W_dec_x W^T, a token's J is a d^T: a = left[K_2], d = sum of c * right[K_1]
-    (Eq. 16, 29). The gradient of sum |J| is S, its signs: left[K_2] gets S d, right[K_1] gets
-    c * (S^T a). J has the dtype of the tables; sums and gradients have that of the mask."""
+    """Sum of |J| and its exact gradients, in one pass over chunks of tokens, so that nothing of size
+    B x n_latents or B x k x d_mlp is there. With left = W_enc_y W_out and right = W_dec_x W^T, J is
+    a d^T: a = left[K_2], d = sum of c * right[K_1] (Eq. 16, 29). S, its signs, is the gradient in J:
+    left[K_2] gets S d, right[K_1] c * (S^T a). Tables may be bfloat16, sums have the mask's dtype."""
 
     @staticmethod
     def forward(ctx, mask, i_y, i_x, cs, left, *rights):
-        (B, k), d_mlp, dtype, total = i_y.shape, left.shape[1], mask.dtype, mask.new_zeros(())
+        k, d_mlp, dtype, total = i_y.shape[1], left.shape[1], mask.dtype, mask.new_zeros(())
         grads = [torch.zeros_like(table, dtype=dtype) for table in (left, *rights)]
-        for t in chunks(B, k * d_mlp * dtype.itemsize, left):
-            i, j, c = i_y[t].flatten(), i_x[t].flatten(), [c[t] for c in cs]
+        size = max(1, CHUNK[left.device.type] // (k * d_mlp * dtype.itemsize))
+        for i, j, m, *c in zip(*(t.split(size) for t in (i_y, i_x, mask, *cs))):
+            i, j = i.flatten(), j.flatten()
             a = left.index_select(0, i).view(-1, k, d_mlp)  # (chunk, k, d_mlp)
             d, *gated = (right.index_select(0, j).view(-1, k, d_mlp) for right in rights)
             d = sum((f.to(d.dtype) * r for f, r in zip(c[1:], gated)), d.mul_(c[0].to(d.dtype)))
-            J = a @ d.mT * mask[t]  # (chunk, k, k)
+            J = a @ d.mT * m  # (chunk, k, k)
             total, S = total + J.abs().sum(), J.sign()
             back = S.mT @ a.to(dtype)
             grads[0].index_add_(0, i, (S @ d.to(dtype)).flatten(0, 1))
@@ -351,15 +298,17 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
     -> (loss, parts). parts, detached: mse_x, mse_y (means over all elements), Latents s_x, s_y, and
     jacobian_l1: mean |J| over k x k and a random share jacobian_fraction of the tokens, without the
     coefficient (absent at 0). Under torch.autocast its dtype serves the large products only."""
-    x, loss, parts = x.detach().to(sae_x.W_enc.dtype), 0.0, {}
-    device = x.device.type
+    x, loss, parts, device = x.detach().to(sae_x.W_enc.dtype), 0.0, {}, x.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     n = max(1, round(jacobian_fraction * len(x))) if jacobian_coef else 0
     t = torch.randperm(len(x), device=x.device)[:n] if 0 < n < len(x) else slice(n)
     y, derivative = mlp.linearize(x, t)
     with torch.autocast(device, enabled=False):
         for name, sae, v in (("x", sae_x, x), ("y", sae_y, y.to(x.dtype))):
-            acts, idx = Encode.apply(v, sae.W_enc, sae.b_enc, sae.k, low)
+            W, b = sae.W_enc.detach().to(low), sae.b_enc.detach().to(low)  # to choose the latents
+            some = v.to(low).split(max(1, CHUNK[device] // (len(W) * low.itemsize)))
+            idx = torch.cat([F.linear(rows, W, b).topk(sae.k).indices for rows in some])
+            acts = F.relu(Products.apply(v, sae.W_enc, idx) + sae.b_enc[idx])
             mse = F.mse_loss(weighted_rows(acts, sae.W_dec, idx) + sae.b_dec, v)
             loss = loss + mse
             parts |= {f"mse_{name}": mse.detach(), f"s_{name}": Latents(acts.detach(), idx)}
@@ -376,20 +325,18 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
     return loss, parts
 
 
-# ---- Language model, text, activations -----------------------------------------------------------
 def load_language_model(config):
     """-> (model in float32, frozen; tokenizer or None). The control of section 5.3, from the seed:
     init re-draws every parameter as the model's own initialiser does, shuffle permutes each."""
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if device not in ["cpu", *["cuda"][: len(gpus)], *gpus]:
-        raise InputError(f"--device {device} is not available here; expected cpu or cuda")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
     places, load = (Path(config.model), HERE / config.model), transformers.AutoModelForCausalLM
     name, tokenizer = next((str(p) for p in places if p.exists()), config.model), None
     try:
+        torch.empty(0, device=device)
         model = load.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"--model {config.model} is no causal LM that loads ({error})") from error
+    except Exception as error:
+        raise InputError(f"--model {config.model}, --device {config.device}: {error}") from error
     with suppress(OSError, ValueError, KeyError, ImportError):  # for text that comes as token ids
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     torch.manual_seed(config.seed)
@@ -400,76 +347,80 @@ def load_language_model(config):
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
-def load_documents(dataset, split):
-    """-> (documents, local): dicts with "text" or "input_ids", to be iterated over repeatedly."""
+def load_documents(dataset, split):  # -> datasets.IterableDataset, whether it is local
     path, root = Path(dataset), Path(os.__file__).parent
-    kinds = {"txt": "text", "jsonl": "json", "zst": "json", "parquet": "parquet", "arrow": "arrow"}
-    if dataset == "stdlib":
+    if dataset == "stdlib":  # but for what pip or the system installed; mixed, for its subjects
         names = [p.relative_to(root).as_posix() for p in root.rglob("*.py")]
-        names = [n for n in names if "-packages/" not in n]  # what pip or the system installed
-        names.sort(key=lambda n: zlib.crc32(n.encode()))  # mixes the subjects
-        return [{"path": n, "text": (root / n).read_text("utf-8", "replace")} for n in names], True
-    if not path.exists() and path.suffix[1:] not in kinds:
-        return datasets.load_dataset(*dataset.split(":", 1), split=split, streaming=True), False
-    files = [str(p) for p in (path, *sorted(path.rglob("*"))) if p.suffix[1:] in kinds]
-    found = {kinds[Path(f).suffix[1:]] for f in files}
-    if len(found) != 1:
-        raise InputError(f"expected files of one kind that end in .{', .'.join(kinds)}")
-    options = {"data_files": files, "split": "train", "streaming": True}
-    options |= {"sample_by": "document", "encoding_errors": "replace"} if "text" in found else {}
-    return datasets.load_dataset(*found, **options), True
+        names = sorted((n for n in names if "-packages/" not in n), key=lambda n: crc32(n.encode()))
+        texts = [(root / n).read_text("utf-8", "replace") for n in names]
+        return datasets.Dataset.from_dict({"path": names, "text": texts}).to_iterable_dataset(), 1
+    if not path.exists() and path.suffix not in KINDS:
+        return load_dataset(*dataset.split(":", 1), split=split, streaming=True), False
+    files = [str(p) for p in (path, *sorted(path.rglob("*"))) if p.suffix in KINDS]
+    found = {KINDS[Path(f).suffix] for f in files}
+    check(len(found) == 1, f"expected files of one kind that end in {', '.join(KINDS)}")
+    options = {"encoding_errors": "replace"} if found <= {"text", "json"} else {}
+    options |= {"sample_by": "document"} if "text" in found else {}
+    return load_dataset(*found, data_files=files, split="train", streaming=True, **options), True
 
 
-def pack(documents, tokenizer, model, context_size):
-    """Yield contexts (context_size,) of token ids: BOS, then documents joined by end-of-text."""
+def token_contexts(config, model, tokenizer, held_out=False, skip=0, odd=None):
+    """Yield contexts (context_size,) of token ids: BOS, then documents joined by end-of-text. Either
+    held-out text or, without its first `skip` contexts, training text, which repeats if local; each
+    process of torchrun has its share. Local text holds out the documents whose crc32 (of the path in
+    stdlib, else of the text) is 0 modulo 20, or the last 5 % of the contexts where that leaves one
+    side empty. odd counts a pass's documents that are empty, long (cut up), not UTF-8 (U+FFFD)."""
     special, vocabulary = tokenizer or model.config, model.get_input_embeddings().weight.shape[0]
     bos, end = ([] if i is None else [i] for i in (special.bos_token_id, special.eos_token_id))
-    stream, width, documents = np.int64([]), context_size - len(bos or end), iter(documents)
-    while batch := list(islice(documents, 64)):
-        text = tokenizer is not None and "text" in batch[0]
-        if not text and "input_ids" not in batch[0]:
-            raise InputError(f"columns {[*batch[0]]}; expected input_ids, or text and a tokenizer")
-        ids = [document["text" if text else "input_ids"] or "" for document in batch]
-        ids = tokenizer(ids, add_special_tokens=False, verbose=False).input_ids if text else ids
-        stream = np.concatenate([stream, *(np.array([*i, *end], dtype=np.int64) for i in ids)])
-        if len(stream) and not 0 <= stream.min() <= stream.max() < vocabulary:
-            raise InputError(f"token ids up to {stream.max()}; expected 0 to {vocabulary - 1}")
-        rows, stream = np.split(stream, [len(stream) // width * width])
-        yield from (np.int64([*(bos or end), *row]) for row in rows.reshape(-1, width))
-
-
-def token_contexts(config, model, tokenizer, context_size, held_out=False):
-    """Yield the contexts of the training text or of the held-out text; local training text repeats.
-    Local text holds out the documents whose crc32 (of the path in stdlib, else of the text) is 0
-    modulo 20, or the last 5 % of the contexts where that leaves one side empty."""
+    odd, width = Counter() if odd is None else odd, config.context_size - len(bos or end)
 
     def is_held_out(document):
         key = document.get("path") or document.get("text") or str(document.get("input_ids"))
-        return zlib.crc32(key.encode("utf-8", "replace")) % 20 == 0
+        return crc32(key.encode("utf-8", "replace")) % 20 == 0
+
+    def pack(documents, long=2**20):  # characters or tokens
+        stream = np.int64([])
+        while batch := list(islice(documents, 64)):
+            column = "text" if tokenizer is not None and "text" in batch[0] else "input_ids"
+            check(column in batch[0], f"columns {[*batch[0]]}; expected text or input_ids")
+            ids = [document[column] or "" for document in batch]
+            for v in ids:
+                odd.update(empty=+(not v), long=+(len(v) > long), not_utf8=+("\ufffd" in v))
+            ids = [v[i : i + long] for v in ids for i in range(0, len(v) or 1, long)]
+            if column == "text":
+                ids = tokenizer(ids, add_special_tokens=False, verbose=False).input_ids
+            stream = np.concatenate([stream, *(np.int64([*i, *end]) for i in ids)])
+            top = stream.max(initial=0)
+            check(top < vocabulary, f"token ids up to {top}; expected 0 to {vocabulary - 1}")
+            rows, stream = np.split(stream, [len(stream) // width * width])
+            yield from (np.int64([*(bos or end), *row]) for row in rows.reshape(-1, width))
 
     try:
         documents, local = load_documents(config.dataset, config.split)
         by_document = local and len([*islice(groupby(documents, is_held_out), 2)]) == 2
-        for _ in count() if local and not held_out else range(1):
-            chosen = (d for d in documents if not by_document or is_held_out(d) == held_out)
-            contexts, n = pack(chosen, tokenizer, model, context_size), 0
+        documents = split_dataset_by_node(documents, RANK, WORLD)
+        while True:
+            odd.clear()
+            contexts = pack(d for d in documents if not by_document or is_held_out(d) == held_out)
             if local and not by_document:
                 cut = -max(1, len(contexts := list(contexts)) // 20)
-                contexts = contexts[cut:] if held_out else contexts[:cut]
+                contexts, n = contexts[cut:] if held_out else contexts[:cut], 0
             for n, context in enumerate(contexts, 1):
-                yield context
-            if not held_out and n * context_size < config.batch_size:
-                raise InputError(f"{n * context_size} tokens; one batch needs {config.batch_size}")
-            tqdm.write(f"{config.dataset} ended after {n:,} contexts", sys.stderr)
+                if n > skip:
+                    yield context
+            if held_out or not local:
+                return
+            found, least = n * config.context_size, config.batch_size // WORLD
+            check(found >= least, f"{found} tokens; one batch needs {least}")
+            skip = max(0, skip - n) % n  # all passes are alike
+            tqdm.write(f"{config.dataset} begins again after {n:,} contexts", sys.stderr)
     except Exception as error:  # of any library that reads text
         raise InputError(f"--dataset {config.dataset}: {error}") from error
 
 
 @torch.no_grad()
-def mlp_inputs(model, mlp, ids):
-    """Token ids (contexts, T) -> x (contexts, T, d_model). Leaves the forward pass at the MLP."""
-
-    def leave(_, args):
+def mlp_inputs(model, mlp, ids):  # (contexts, T) -> x (contexts, T, d_model)
+    def leave(_, args):  # the forward pass, at the MLP
         raise StopIteration(args[0])
 
     with mlp.sites[0].register_forward_pre_hook(leave):
@@ -479,172 +430,229 @@ def mlp_inputs(model, mlp, ids):
             return stop.value.reshape(*ids.shape, -1)
 
 
-def activation_batches(config, model, mlp, contexts, steps, autocast):
-    """Yield up to `steps` batches x (batch_size, d_model), shuffled in a buffer that is used up."""
-    shuffle, skip = torch.Generator().manual_seed(config.seed), 0 if config.keep_first_token else 1
-    batch, most, width = config.batch_size, config.buffer_batches, config.context_size - skip
-    buffer = torch.empty(batch * min(steps, most), mlp.W_in.shape[1], device=model.device)
-    for left in range(steps, 0, -most):
-        size, filled = batch * min(left, most), 0
-        while filled < size and (some := [*islice(contexts, min(16, -((filled - size) // width)))]):
+def activation_batches(config, model, mlp, tokenizer, autocast, done=0, odd=None, stop=()):
+    """Yield the run's batches x (batch_size / processes, d_model) from number `done` on, shuffled in
+    a buffer that is filled, used up, and filled anew; until the text ends or `stop` has a signal."""
+    first, most = 0 if config.keep_first_token else 1, config.buffer_batches
+    batch, steps = config.batch_size // WORLD, config.tokens // config.batch_size
+    width, filling = config.context_size - first, done // most
+    n = -(-batch * min(steps, most) // width)  # contexts in a buffer
+    contexts = token_contexts(config, model, tokenizer, skip=filling * n, odd=odd)
+    buffer = torch.empty(n, width, mlp.W_in.shape[1], device=model.device)
+    while ids := [*islice(contexts, n)]:
+        for i in range(0, len(ids), 16):
+            if stop:
+                return
+            some = torch.tensor(np.stack(ids[i : i + 16]), device=model.device)
             with autocast():
-                x = mlp_inputs(model, mlp, torch.tensor(np.stack(some), device=model.device))
-            x = x[:, skip:].flatten(0, 1)[: size - filled]
-            buffer[filled : filled + len(x)] = x
-            filled += len(x)
-        if not buffer[:filled].isfinite().all():
-            raise InputError(f"NaN or Inf among the inputs of the MLP in layer {config.layer}")
-        for rows in torch.randperm(filled, generator=shuffle).split(batch)[: filled // batch]:
-            yield buffer[rows.to(buffer.device)]
+                buffer[i : i + len(some)] = mlp_inputs(model, mlp, some)[:, first:]
+        rows = buffer[: len(ids)].flatten(0, 1)[: batch * most]
+        check(rows.isfinite().all(), f"NaN or Inf among the inputs x of layer {config.layer}'s MLP")
+        order = np.random.default_rng([config.seed, RANK, filling]).permutation(len(rows))
+        for some in torch.from_numpy(order).split(batch)[done % most : len(rows) // batch]:
+            yield rows[some.to(rows.device)]
+            done += 1
+        filling += 1
 
 
-# ---- Training (appendix D) -----------------------------------------------------------------------
 @torch.no_grad()
-def measure(sae_x, sae_y, mlp, x, parts):
-    """Reconstruction on a batch; mean |J| and the number of |J| > 0.01 per token on 512 of it."""
-    s_x, s_y = (Latents(*(v[:512] for v in parts[s])) for s in ("s_x", "s_y"))
-    J = active_jacobian(sae_x, sae_y, mlp, x[:512], s_x, s_y).abs()
-    row = {"jacobian_l1": J.mean().item(), "jacobian_above_0.01": (J > 0.01).sum().item() / len(J)}
-    for s, v in (("x", x), ("y", mlp(x))):
-        row[f"mse_{s}"] = parts[f"mse_{s}"].item()
+def measure(sae_x, sae_y, mlp, x):  # -> a row of metrics.jsonl, of 512 tokens
+    x, y, row = x[:512], mlp(x[:512]), {}
+    for s, sae, v in (("x", sae_x, x), ("y", sae_y, y)):
+        row[f"mse_{s}"] = F.mse_loss(sae(v), v).item()
         row[f"ev_{s}"] = 1 - row[f"mse_{s}"] / (v - v.mean(0)).square().mean().item()
-    return row
+    J = active_jacobian(sae_x, sae_y, mlp, x, sae_x.encode(x), sae_y.encode(y)).abs()
+    above = (J > 0.01).sum().item() / len(J)  # per token
+    return row | {"jacobian_l1": J.mean().item(), "jacobian_above_0.01": above}
 
 
 def train(config: Config) -> Path:
     """Train a pair, write and return the run's folder. Warm-up: lr 1 % of the steps, lambda 5 %; lr
     falls to 0 over the last 20 %. InputError if a setting cannot be used, the text ends or a number
-    breaks: checkpoint/ has what was trained."""
-    out, held = config.run_dir, {path.name for path in config.run_dir.glob("*")}
-    replaceable = config.overwrite and {"config.json", "metrics.jsonl"} <= held
-    if out.is_file() or (held and not replaceable):
-        raise InputError(f"--output-dir {out} is taken; --overwrite replaces a run, and only a run")
+    breaks; KeyboardInterrupt(status, line) after SIGINT or SIGTERM. Both leave a checkpoint."""
+    out, batch = Path(config.output_dir), config.batch_size
+    steps, fine = config.tokens // batch, config.tokens >= batch and batch % WORLD == 0
+    check(fine, f"--tokens {config.tokens} is no batch of {batch} for {WORLD} processes")
     model, tokenizer = load_language_model(config)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest and longest < config.context_size:
+        tqdm.write(f"contexts are clamped to {longest} tokens, the model's maximum", sys.stderr)
+        config = dataclasses.replace(config, context_size=longest)
+    mlp, odd, stop = MLP.from_model(model, config.layer), Counter(), []
+    info = open_run(config, mlp)
+    if config.resume and (out / "sae_y").exists():  # the last to be written
+        return out
     low = config.dtype == "bfloat16" or (config.dtype == "auto" and model.device.type == "cuda")
     autocast = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=low)
-    mlp = MLP.from_model(model, config.layer)
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    context_size = min(config.context_size, longest or config.context_size)
-    if context_size < config.context_size:
-        tqdm.write(f"contexts are clamped to {longest} tokens, the model's maximum", sys.stderr)
-    contexts = token_contexts(config, model, tokenizer, context_size)
-    batch, steps, step = config.batch_size, config.tokens // config.batch_size, 0
-    batches = activation_batches(config, model, mlp, contexts, steps, autocast)
     torch.manual_seed(config.seed)
     d_model, n_latents = mlp.W_in.shape[1], config.expansion_factor * mlp.W_in.shape[1]
-    saes = nn.ModuleList(TopKSAE(d_model, n_latents, config.k) for _ in "xy").to(model.device)
-    adam = torch.optim.Adam(saes.parameters(), fused=True)
-    seen_at = torch.zeros(2, n_latents, dtype=torch.long, device=model.device)  # tokens
-    bar, start = tqdm(total=steps * batch, unit="tok", unit_scale=True, mininterval=1), time.time()
-    try:
-        for step, x in enumerate(batches, 1):
-            if step == 1:  # nothing is written before it is known that the data can be read
-                info = start_run(config, model, mlp, tokenizer, context_size)
-            tokens, coef = step * batch, config.jacobian_coef * min(1, step / (0.05 * steps))
-            lr = config.lr * min(1, step / (0.01 * steps), (steps - step + 1) / (0.2 * steps))
-            adam.param_groups[0]["lr"] = lr
-            with autocast():
-                loss, parts = jsae_loss(*saes, mlp, x, coef, config.jacobian_fraction)
-            adam.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(saes.parameters(), 1.0)
-            if not (loss + norm).isfinite():
-                raise InputError(f"the loss is {loss.item()}, the gradients' norm {norm.item()}")
-            adam.step()
-            for sae, at, (acts, idx) in zip(saes, seen_at, (parts["s_x"], parts["s_y"])):
-                sae.W_dec.data = F.normalize(sae.W_dec.data)
-                at[idx[acts > 0]] = tokens
-            bar.update(batch)
-            if step % max(1, min(50, steps // 10)) == 0 or step == steps:
-                row, seconds = measure(*saes, mlp, x, parts), time.time() - start
-                row["dead_x"], row["dead_y"] = (seen_at <= max(0, tokens - 10**7)).sum(1).tolist()
-                bar.set_postfix(row)
-                row |= {"step": step, "tokens": tokens, "seconds": seconds, "lr": lr, "coef": coef}
-                row |= {"grad_norm": norm.item(), "tokens_per_second": tokens / seconds}
-                with open(out / "metrics.jsonl", "a") as log:
-                    log.write(json.dumps(row) + "\n")
-        if step < max(1, steps):
-            raise InputError(f"{config.dataset} and --tokens {config.tokens} give {step} batches")
-    except InputError as error:
-        if step == 0:
-            raise
-        save_pair(out / "checkpoint", saes, info)
-        raise InputError(f"step {step}: {error} (last good weights: checkpoint/)") from error
-    finally:
-        bar.close()
-    save_pair(out, saes, info)
+    saes = nn.ModuleDict({s: TopKSAE(d_model, n_latents, config.k) for s in "xy"})
+    saes.register_buffer("seen_at", torch.zeros(2, n_latents, dtype=torch.long))  # tokens
+    pair, adam = saes.to(model.device).values(), torch.optim.Adam(saes.parameters(), fused=True)
+    saes.forward = partial(jsae_loss, *pair)  # what DistributedDataParallel calls
+    loss_of = nn.parallel.DistributedDataParallel(saes) if WORLD > 1 else saes
+    done = load_checkpoint(out, saes, adam) if config.resume else 0
+    start = saved = time.time()
+    batches = activation_batches(config, model, mlp, tokenizer, autocast, done, odd, stop)
+    with suppress(ValueError):  # outside the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: stop.append(128 + number))
+    for step in (bar := tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=RANK)):
+        try:
+            x, why = next(batches, None), f"{config.dataset} ended, or another process stopped"
+        except InputError as error:
+            x, why = None, str(error)
+        code = torch.tensor(max([int(x is None), *stop]))
+        for t in (code, saes.seen_at) if WORLD > 1 else ():
+            distributed.all_reduce(t, distributed.ReduceOp.MAX)
+        if code or time.time() > saved + 60 * config.checkpoint_minutes:
+            save_checkpoint(out, saes, adam, step - 1)
+            saved = time.time()
+        if code:
+            bar.close()
+        if code > 1:
+            raise KeyboardInterrupt(int(code), f"stopped after step {step - 1}; --resume goes on")
+        check(not code, f"step {step}: {why}")
+        if step == 1 and RANK == 0:  # not before it is known that the data can be read
+            for path in [p for p in out.glob("*") if p.name != "config.json"]:  # an earlier run
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_file(out / "config.json", json.dumps(info, indent=2).encode())
+            write_file(out / "metrics.jsonl", b"")
+        lr = config.lr * min(1, step / (0.01 * steps), (steps - step + 1) / (0.2 * steps))
+        coef, tokens = config.jacobian_coef * min(1, step / (0.05 * steps)), step * batch
+        adam.param_groups[0]["lr"] = lr
+        torch.manual_seed((config.seed * steps + step) * WORLD + RANK)  # for jacobian_fraction
+        with autocast():
+            loss, parts = loss_of(mlp, x, coef, config.jacobian_fraction)
+        adam.zero_grad()
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in saes.parameters()])
+        if not (loss + norm).isfinite():
+            save_checkpoint(out, saes, adam, step - 1)
+            bar.close()
+            bad = [name for name, p in saes.named_parameters() if not p.grad.isfinite().all()]
+            raise InputError(f"step {step}: loss {loss.item()}, NaN or Inf in gradients of {bad}")
+        nn.utils.clip_grads_with_norm_(saes.parameters(), 1.0, norm)
+        adam.step()
+        for sae, seen_at, (acts, idx) in zip(pair, saes.seen_at, (parts["s_x"], parts["s_y"])):
+            sae.W_dec.data = F.normalize(sae.W_dec.data)
+            seen_at[idx[acts > 0]] = tokens
+        if RANK == 0 and (step % max(1, min(50, steps // 10)) == 0 or step == steps):
+            row, seconds = measure(*pair, mlp, x), time.time() - start
+            bar.set_postfix(row)
+            row["dead_x"], row["dead_y"] = (saes.seen_at <= max(0, tokens - 10**7)).sum(1).tolist()
+            row |= {"step": step, "tokens": tokens, "lr": lr, "coef": coef, "seconds": seconds}
+            row |= {"grad_norm": norm.item(), "odd_documents": odd}
+            row["tokens_per_second"] = (step - done) * batch / seconds
+            with open(out / "metrics.jsonl", "a") as log:
+                log.write(json.dumps(row) + "\n")
+    if RANK == 0:
+        names = {module: name for name, module in model.named_modules()}
+        save_pair(out, pair, config, [names[site] for site in mlp.sites])
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)
     return out
 
 
-# ---- Run directories -----------------------------------------------------------------------------
-def start_run(config, model, mlp, tokenizer, context_size):
-    """Empty the run's folder, start config.json and metrics.jsonl, return what the first says."""
-    shutil.rmtree(config.run_dir, ignore_errors=True)
-    names = {module: name for name, module in model.named_modules()}
-    info = {"config": dataclasses.asdict(config), "context_size": context_size}
+def open_run(config, mlp):
+    """-> what config.json is to hold. InputError if the folder is taken, or has no such run."""
+    out, saved = Path(config.output_dir), {}
+    info = {"config": dataclasses.asdict(config), "processes": WORLD}
     info["mlp_sha256"] = hashlib.sha256(safetensors.torch.save(mlp.state_dict())).hexdigest()
-    info["sites"] = {"x": names[mlp.sites[0]], "y": names[mlp.sites[-1]]}  # x enters, y leaves
-    info["prepend_bos"] = tokenizer is not None and tokenizer.bos_token_id is not None
     info["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
-    write_file(config.run_dir / "config.json", json.dumps(info, indent=2).encode())
-    write_file(config.run_dir / "metrics.jsonl", b"")
+    with suppress(OSError, ValueError, TypeError):
+        saved = {**json.loads((out / "config.json").read_text())}
+    ours, held = "mlp_sha256" in saved, [p for p in out.glob("*") if p.suffix != ".tmp"]
+    check(ours or not config.resume, f"--resume: {out} holds no run (no config.json)")
+    free = (ours and (config.resume or config.overwrite)) or not (held or out.is_file())
+    check(free, f"--output-dir {out} is taken; --overwrite replaces a run, and only a run")
+    ignored = ("config", "versions", "resume", "overwrite", "output_dir", "checkpoint_minutes")
+    for name, value in (info | info["config"]).items() if config.resume else ():
+        before = (saved | saved["config"]).get(name)
+        check(name in ignored or before == value, f"--resume: {name} was {before!r}, now {value!r}")
     return info
 
 
-def write_file(path, data):
-    """Write bytes so that `path` holds all of them or what it held before."""
+def save_checkpoint(folder, saes, adam, step):  # and keep the newest two
+    if RANK == 0 < step:
+        tensors = saes.state_dict()
+        for name, p in saes.named_parameters():
+            tensors |= {f"{name}.{key}": t for key, t in adam.state[p].items()}
+        data = safetensors.torch.save(tensors)
+        name = f"{step:09}-{hashlib.sha256(data).hexdigest()}.safetensors"
+        write_file(folder / "checkpoint" / name, data)
+        for path in sorted(folder.glob("checkpoint/*.safetensors"))[:-2]:
+            path.unlink()
+
+
+def load_checkpoint(folder, saes, adam):
+    """Load the newest whole checkpoint, cut metrics.jsonl back to it -> its step; 0 without one."""
+    for path in (paths := sorted(folder.glob("checkpoint/*.safetensors"), reverse=True)):
+        (step, sha256), data = path.stem.split("-"), path.read_bytes()
+        if hashlib.sha256(data).hexdigest() == sha256:
+            tensors = safetensors.torch.load(data)
+            for name, p in saes.named_parameters():
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                adam.state[p] = {key: tensors.pop(f"{name}.{key}").to(p.device) for key in keys}
+            saes.load_state_dict(tensors)
+            rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+            rows = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= int(step)]
+            if RANK == 0:
+                write_file(folder / "metrics.jsonl", "".join(rows).encode())
+            return int(step)
+        tqdm.write(f"{path} is damaged; the one before it is tried", sys.stderr)
+    check(not paths, f"no whole checkpoint in {folder / 'checkpoint'}; --overwrite starts anew")
+    return 0
+
+
+def write_file(path, data):  # whole, or what was there stays
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with open(path.with_name(path.name + ".tmp"), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(file.name, path)
 
 
-def save_pair(folder, saes, info):
-    """Write folder/sae_x and folder/sae_y, each whole or not at all, in the format of SAELens 6."""
-    metadata = {"sae_lens_version": "6.0.0", "model_class_name": "AutoModelForCausalLM"}
-    metadata |= {"model_name": info["config"]["model"], "dataset_path": info["config"]["dataset"]}
-    metadata |= {name: info[name] for name in ("context_size", "prepend_bos")}
-    for s, sae in zip("xy", saes):
-        tensors = sae.state_dict() | {"W_enc": sae.W_enc.detach().T.contiguous()}  # (d_in, d_sae)
+def save_pair(folder, pair, config, sites):  # in the format of SAELens 6, each whole or not at all
+    metadata = {"sae_lens_version": "6.0.0", "model_name": config.model, "prepend_bos": True}
+    for s, sae, site in zip("xy", pair, (sites[0], sites[-1])):
         cfg = {"architecture": "topk", "d_in": sae.d_model, "d_sae": sae.n_latents, "k": sae.k}
-        cfg |= {"normalize_activations": "none", "reshape_activations": "none", "device": "cpu"}
-        cfg |= dict.fromkeys(("rescale_acts_by_decoder_norm", "apply_b_dec_to_input"), False)
-        cfg |= {"dtype": "float32", "metadata": metadata | {"hook_name": info["sites"][s]}}
-        target, temporary = folder / f"sae_{s}", folder / f"sae_{s}.tmp"
-        write_file(temporary / "cfg.json", json.dumps(cfg, indent=2).encode())
-        write_file(temporary / "sae_weights.safetensors", safetensors.torch.save(tensors))
+        cfg |= {"apply_b_dec_to_input": False, "dtype": "float32", "device": "cpu"}
+        cfg["metadata"] = metadata | {"hook_name": site, "context_size": config.context_size}
+        tensors = sae.state_dict() | {"W_enc": sae.W_enc.detach().T.contiguous()}  # (d_in, d_sae)
+        target, part = folder / f"sae_{s}", folder / f"sae_{s}.tmp"
+        write_file(part / "cfg.json", json.dumps(cfg, indent=2).encode())
+        write_file(part / "sae_weights.safetensors", safetensors.torch.save(tensors))
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
+        os.replace(part, target)
 
 
 def load_run(path_or_hub_id):
     """-> (sae_x, sae_y, config) of a finished run: a folder, or the id of a hub repository."""
-    root, saes = Path(path_or_hub_id), []
+    path, saes = Path(path_or_hub_id), []
     try:
-        folder = root if root.is_dir() else Path(huggingface_hub.snapshot_download(root.as_posix()))
+        folder = path if path.is_dir() else Path(snapshot_download(path.as_posix()))
         config = Config(**json.loads((folder / "config.json").read_text())["config"])
         for s in "xy":
             tensors = safetensors.torch.load_file(folder / f"sae_{s}" / "sae_weights.safetensors")
             saes.append(TopKSAE(*tensors["W_enc"].shape, config.k))
             saes[-1].load_state_dict(tensors | {"W_enc": tensors["W_enc"].T})
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        RuntimeError,
-        safetensors.SafetensorError,
-    ) as error:
+    except Exception as error:
         raise InputError(f"{path_or_hub_id} is not a finished run ({error})") from error
     return *saes, config
 
 
-# ---- Command line --------------------------------------------------------------------------------
+def status_of(error, program):  # the exit status, after one line about it
+    if isinstance(error, SystemExit):
+        return error.code or 0
+    stopped = error.args or (130, "interrupted")
+    status, line = stopped if isinstance(error, KeyboardInterrupt) else (2, f"error: {error}")
+    print(f"{program}:", " ".join(line.split()), file=sys.stderr)
+    return status
+
+
 def main(argv=None) -> int:
-    """-> exit status: 0, 2 after one line about what was given, 130 after Ctrl-C."""
+    """-> exit status: 0, 2 after one line about what was given, 130 or 143 after a signal."""
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(Config, prog="jsae.py", allow_abbrev=False)
     parser.print_usage = lambda file: None  # an error is one line
@@ -652,26 +660,18 @@ def main(argv=None) -> int:
     parser.set_defaults(**(DEMO if demo else {}))
     try:
         config = Config(**vars(parser.parse_args(argv)))
-        if demo and not (HERE / config.model).is_dir():
-            raise InputError(f"no {config.model} here; try --model EleutherAI/pythia-70m --layer 3")
-        if demo:
-            print("demo settings:", ", ".join(f"{name} {getattr(config, name)}" for name in DEMO))
+        fine = not demo or (HERE / config.model).is_dir()
+        check(fine, f"no {config.model} here; try --model EleutherAI/pythia-70m --layer 3")
+        if WORLD > 1:
+            distributed.init_process_group()
+        print("settings:", ", ".join(f"{name} {getattr(config, name)}" for name in DEMO))
         run_dir = train(config)
-    except (InputError, OSError) as error:
-        print("jsae.py: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as stop:  # argparse's, after --help or an error
-        return stop.code or 0
+    except (InputError, OSError, KeyboardInterrupt, SystemExit) as error:
+        return status_of(error, "jsae.py")
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    print(f"explained variance     x {last['ev_x']:.4f}, y {last['ev_y']:.4f}")
-    print(f"|J|                    mean {last['jacobian_l1']:.4f}")
-    print(f"|J| > 0.01 per token   {last['jacobian_above_0.01']:.1f} of {config.k**2}")
-    print(f"tokens per second      {last['tokens_per_second']:,.0f}")
-    print(f"written to             {run_dir}")
-    if (HERE / "evaluate.py").exists():
-        print(f"evaluate it with       python {HERE / 'evaluate.py'} {run_dir}")
+    for name in ("ev_x", "ev_y", "jacobian_l1", "jacobian_above_0.01", "tokens_per_second"):
+        print(f"{name:22} {last[name]:,.4g}")
+    print(f"{'evaluate it with':22} python {HERE / 'evaluate.py'} {run_dir}")
     return 0
 
 

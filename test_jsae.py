@@ -205,29 +205,11 @@ def test_fast_loss_is_the_same_whatever_the_chunk(gated, monkeypatch):
     pair, mlp, x = random_pair(b_enc=-0.8), random_mlp(gated=gated), torch.randn(70, 10).double()
     whole = jsae_loss(*pair, mlp, x, 1.0)[0]
     expected = gradients(whole, pair)
-    monkeypatch.setattr(jsae, "chunks", lambda B, *_: [slice(i, i + 9) for i in range(0, B, 9)])
+    monkeypatch.setitem(jsae.CHUNK, "cpu", 9 * 4 * 14 * 8)  # nine tokens for the Jacobian
     ours = jsae_loss(*pair, mlp, x, 1.0)[0]
     torch.testing.assert_close(ours, whole, rtol=1e-12, atol=0)
     for one, other in zip(gradients(ours, pair), expected):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
-
-
-def test_chunks_cover_every_token_once_and_shrink_as_tokens_grow():
-    x = torch.zeros(1)
-    for per_token in (1, 2**20, 2**30):
-        slices = jsae.chunks(1000, per_token, x)
-        assert [i for s in slices for i in range(1000)[s]] == list(range(1000))
-        assert range(1000)[slices[0]].stop == {1: 1000, 2**20: 8, 2**30: 1}[per_token]
-
-
-@pytest.mark.parametrize("n, k", [(4096, 32), (64, 1), (64, 2), (99, 5), (2048, 70)])
-@pytest.mark.parametrize("dtype", [DOUBLE, torch.bfloat16])
-def test_two_stages_find_the_same_largest_values_as_topk(n, k, dtype):
-    z = torch.randn(40, n, generator=torch.Generator().manual_seed(n), dtype=DOUBLE).to(dtype)
-    z[:5, : n // 2] = z[:5, -1:]  # ties
-    idx = jsae.top_k(z, k)
-    assert idx.shape == (40, k) and all(len(set(row.tolist())) == k for row in idx)
-    assert torch.equal(z.gather(1, idx).sort(1).values, z.topk(k).values.sort(1).values)
 
 
 def test_jacobian_fraction_averages_over_a_random_part_of_the_tokens():
@@ -421,7 +403,7 @@ def config(model_dir, text_file, tmp_path):
 
 def contexts_of(config, held_out=False, n=10**9):
     model, tokenizer = jsae.load_language_model(config)
-    stream = jsae.token_contexts(config, model, tokenizer, config.context_size, held_out)
+    stream = jsae.token_contexts(config, model, tokenizer, held_out)
     return list(itertools.islice(stream, n)), tokenizer
 
 
@@ -458,6 +440,7 @@ def test_one_document_is_split_by_contexts(config, tmp_path):
 
 def test_stdlib_holds_out_by_path():
     documents, local = jsae.load_documents("stdlib", "train")
+    documents = list(documents)
     held = [d["path"] for d in documents if zlib.crc32(d["path"].encode()) % 20 == 0]
     assert local and 0.02 < len(held) / len(documents) < 0.08
     assert not any("site-packages" in d["path"] for d in documents)
@@ -495,19 +478,26 @@ def test_every_kind_of_local_data_gives_the_same_documents(kind, config, tmp_pat
         assert "".join(t + tokenizer.eos_token for t in training).startswith(text)
 
 
-def batches_of(config, contexts, steps):
-    model, _ = jsae.load_language_model(config)
+def batches_of(config, n_contexts, done=0):
+    """-> (all batches that come from the first contexts of the text, from number `done` on; model)."""
+    model, tokenizer = jsae.load_language_model(config)
     mlp, no_autocast = MLP.from_model(model, 0), partial(torch.autocast, "cpu", enabled=False)
-    stream = jsae.activation_batches(config, model, mlp, iter(contexts), steps, no_autocast)
-    return torch.cat(list(stream)), model
+    real = jsae.token_contexts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            jsae,
+            "token_contexts",
+            lambda *a, skip, **k: itertools.islice(real(*a, **k), skip, n_contexts),
+        )
+        return [*jsae.activation_batches(config, model, mlp, tokenizer, no_autocast, done)], model
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_batches_hold_each_mlp_input_once_and_no_first_token(config, keep):
     kept = changed(config, keep_first_token=keep, batch_size=32 if keep else 31)
     contexts, _ = contexts_of(config, n=8)
-    x, model = batches_of(kept, contexts, 8)
-    seen = []
+    batches, model = batches_of(changed(kept, tokens=8 * kept.batch_size), 8)
+    x, seen = torch.cat(batches), []
     model.gpt_neox.layers[0].mlp.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     model(torch.from_numpy(np.stack(contexts)))
     expected = seen[0][:, 0 if keep else 1 :].flatten(0, 1)
@@ -517,9 +507,8 @@ def test_batches_hold_each_mlp_input_once_and_no_first_token(config, keep):
 
 
 def test_text_that_ends_gives_the_whole_batches_that_it_holds(config):
-    contexts, _ = contexts_of(config, n=10)
-    x, _ = batches_of(config, contexts, 99)
-    assert len(x) == 10 * 31 // 128 * 128
+    batches, _ = batches_of(changed(config, tokens=128 * 99), 10)
+    assert len(batches) == 10 * 31 // 128
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -585,8 +574,7 @@ def test_saved_saes_follow_the_saelens_format(config):
     for sae, s in zip(jsae.load_run(run), "xy"):
         cfg = json.loads((run / f"sae_{s}" / "cfg.json").read_text())
         expected = {"architecture": "topk", "d_in": 16, "d_sae": 64, "k": 4, "dtype": "float32"}
-        expected |= {"apply_b_dec_to_input": False, "rescale_acts_by_decoder_norm": False}
-        expected |= {"normalize_activations": "none", "reshape_activations": "none"}
+        expected["apply_b_dec_to_input"] = False
         assert expected.items() <= cfg.items() and cfg["metadata"]["sae_lens_version"] >= "6"
         t = safetensors.torch.load_file(run / f"sae_{s}" / "sae_weights.safetensors")
         values, idx = (x @ t["W_enc"] + t["b_enc"]).topk(4)
@@ -607,7 +595,7 @@ def test_random_controls_redraw_or_permute_every_parameter(config):
             assert constant or not torch.equal(p, old), name
             if how == "shuffle":
                 assert torch.equal(p.flatten().sort().values, old.flatten().sort().values)
-    assert control.run_dir != changed(control, output_dir="").run_dir
+    assert control.output_dir != changed(control, output_dir="").output_dir
 
 
 def test_numbers_that_break_stop_the_run_and_keep_the_last_good_weights(
@@ -623,24 +611,24 @@ def test_numbers_that_break_stop_the_run_and_keep_the_last_good_weights(
     monkeypatch.setattr(jsae, "jsae_loss", breaks)
     with pytest.raises(InputError, match="step 5"):
         jsae.train(config)
-    tensors = safetensors.torch.load_file(
-        config.run_dir / "checkpoint" / "sae_x" / "sae_weights.safetensors"
-    )
-    assert all(t.isfinite().all() for t in tensors.values()) and tensors["b_dec"].any()
-    assert not (config.run_dir / "sae_x").exists()
+    (checkpoint,) = (Path(config.output_dir) / "checkpoint").iterdir()
+    tensors = safetensors.torch.load_file(checkpoint)
+    assert all(t.isfinite().all() for t in tensors.values()) and tensors["x.b_dec"].any()
+    assert not (Path(config.output_dir) / "sae_x").exists()
 
 
 def test_a_hub_stream_that_ends_stops_the_run_with_its_weights_saved(config, monkeypatch):
     documents = [{"text": "a b c d e f " * 40}] * 10
-    monkeypatch.setattr(jsae, "load_documents", lambda *_: (documents, False))
+    stream = datasets.Dataset.from_list(documents).to_iterable_dataset()
+    monkeypatch.setattr(jsae, "load_documents", lambda *_: (stream, False))
     with pytest.raises(InputError, match="step"):
         jsae.train(changed(config, tokens=10**6))
-    assert (config.run_dir / "checkpoint" / "sae_y" / "cfg.json").exists()
+    assert [*(Path(config.output_dir) / "checkpoint").iterdir()]
 
 
 def test_local_text_that_ends_starts_again_with_a_notice(config, capfd):
     run = jsae.train(changed(config, tokens=60_000, batch_size=2048))
-    assert rows_of(run)[-1]["step"] == 29 and "ended" in capfd.readouterr().err
+    assert rows_of(run)[-1]["step"] == 29 and "begins again" in capfd.readouterr().err
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -662,15 +650,14 @@ SMALL = ["--tokens", "400", "--linear-samples", "60", "--second-samples", "3", "
 
 
 def opened(run, *flags):
-    """-> options, and what evaluate.open_run returns for them, but for the config."""
+    """-> options, and what evaluate.open_run returns for them."""
     options = evaluate.parse([str(run), *SMALL, *flags])
-    sae_x, sae_y, _, *rest = evaluate.open_run(str(run), options)
-    return options, sae_x, sae_y, *rest
+    return options, *evaluate.open_run(str(run), options)
 
 
 def test_reconstruction_is_that_of_all_held_out_tokens_at_once(finished):
-    options, sae_x, sae_y, model, tokenizer, mlp, T, text = opened(finished)
-    ids = torch.cat([*evaluate.held_out_contexts(text, options, model, tokenizer, T)])
+    options, sae_x, sae_y, model, tokenizer, mlp, _, text = opened(finished)
+    ids = torch.cat([*evaluate.held_out_contexts(text, options, model, tokenizer)])
     x = jsae.mlp_inputs(model, mlp, ids)[:, 1:].flatten(0, 1)
     assert len(x) == 403  # 13 contexts of 32 tokens, the first token of each left out
     result = evaluate.evaluate(str(finished), options)["reconstruction"]
@@ -1022,12 +1009,14 @@ def flags(config, **settings):
 def test_the_command_trains_prints_its_table_and_refuses_to_overwrite(config, capsys):
     assert jsae.main(flags(config)) == 0
     out = capsys.readouterr().out
-    for line in ("explained variance", "|J| > 0.01 per token", "tokens per second", "written to"):
+    for line in ("ev_x", "jacobian_above_0.01", "tokens_per_second", "evaluate it with"):
         assert line in out
-    before = weights_of(config.run_dir)
+    before = weights_of(Path(config.output_dir))
     assert jsae.main(flags(config)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "--overwrite" in error and all(map(torch.equal, before, weights_of(config.run_dir)))
+    assert "--overwrite" in error and all(
+        map(torch.equal, before, weights_of(Path(config.output_dir)))
+    )
     assert jsae.main([*flags(config, seed=1), "--overwrite"]) == 0
 
 
@@ -1085,15 +1074,15 @@ def assert_refused(status, error, says, folder):
 def test_bad_settings_get_one_line_and_status_2(settings, says, config, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     status = jsae.main(flags(config, **settings))
-    assert_refused(status, capsys.readouterr().err, says, config.run_dir)
-    assert not config.run_dir.exists()
+    assert_refused(status, capsys.readouterr().err, says, Path(config.output_dir))
+    assert not Path(config.output_dir).exists()
 
 
 def test_cuda_that_is_not_there_is_refused(config, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     status = jsae.main(flags(config, device="cuda"))
-    assert_refused(status, capsys.readouterr().err, "--device cuda", config.run_dir)
+    assert_refused(status, capsys.readouterr().err, "--device cuda", Path(config.output_dir))
 
 
 DATA = {  # file name: (content, what the line on stderr must say)
@@ -1113,8 +1102,8 @@ def test_bad_data_gets_one_line_and_status_2(name, config, capsys, tmp_path):
     content, says = DATA[name]
     (tmp_path / name).write_bytes(content)
     status = jsae.main(flags(config, dataset=tmp_path / name))
-    assert_refused(status, capsys.readouterr().err, says, config.run_dir)
-    assert not config.run_dir.exists()
+    assert_refused(status, capsys.readouterr().err, says, Path(config.output_dir))
+    assert not Path(config.output_dir).exists()
 
 
 def test_an_output_folder_that_holds_something_else_is_left_alone(config, capsys, tmp_path):
@@ -1123,7 +1112,9 @@ def test_an_output_folder_that_holds_something_else_is_left_alone(config, capsys
     (tmp_path / "folder" / "config.json").write_text("{}")
     for name in ("file", "folder"):
         status = jsae.main([*flags(config, output_dir=tmp_path / name), "--overwrite"])
-        assert_refused(status, capsys.readouterr().err, str(tmp_path / name), config.run_dir)
+        assert_refused(
+            status, capsys.readouterr().err, str(tmp_path / name), Path(config.output_dir)
+        )
     assert (tmp_path / "file").read_text() == "mine"
     assert (tmp_path / "folder" / "config.json").read_text() == "{}"
 
@@ -1150,8 +1141,8 @@ def test_as_a_program_copied_alone(config, tmp_path):
     assert status == 2 and "--model EleutherAI/pythia-70m --layer 3" in error
     assert len(error.strip().splitlines()) == 1
     status, out, error = run_alone(tmp_path, *flags(config))
-    assert status == 0 and "written to" in out, error
-    assert len(weights_of(Path(config.run_dir))) == 8
+    assert status == 0 and "evaluate it with" in out, error
+    assert len(weights_of(Path(Path(config.output_dir)))) == 8
     status, _, error = run_alone(tmp_path, *flags(config, k="x"))
     assert_refused(status, error, "'x'", tmp_path)
 

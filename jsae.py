@@ -390,8 +390,8 @@ def token_contexts(config, model, tokenizer, held_out=False, skip=0, odd=None):
             if column == "text":
                 ids = tokenizer(ids, add_special_tokens=False, verbose=False).input_ids
             stream = np.concatenate([stream, *(np.int64([*i, *end]) for i in ids)])
-            top = stream.max(initial=0)
-            check(top < vocabulary, f"token ids up to {top}; expected 0 to {vocabulary - 1}")
+            low, top = stream.min(initial=0), stream.max(initial=0)
+            check(0 <= low <= top < vocabulary, f"ids {low} to {top}; expected < {vocabulary}")
             rows, stream = np.split(stream, [len(stream) // width * width])
             yield from (np.int64([*(bos or end), *row]) for row in rows.reshape(-1, width))
 
@@ -410,8 +410,7 @@ def token_contexts(config, model, tokenizer, held_out=False, skip=0, odd=None):
                     yield context
             if held_out or not local:
                 return
-            found, least = n * config.context_size, config.batch_size // WORLD
-            check(found >= least, f"{found} tokens; one batch needs {least}")
+            check(n * width * WORLD >= config.batch_size, f"{n} contexts are less than one batch")
             skip = max(0, skip - n) % n  # all passes are alike
             tqdm.write(f"{config.dataset} begins again after {n:,} contexts", sys.stderr)
     except Exception as error:  # of any library that reads text
@@ -510,9 +509,8 @@ def train(config: Config) -> Path:
             saved = time.time()
         if code:
             bar.close()
-        if code > 1:
-            raise KeyboardInterrupt(int(code), f"stopped after step {step - 1}; --resume goes on")
-        check(not code, f"step {step}: {why}")
+            stopped = KeyboardInterrupt(int(code), f"stopped at step {step - 1}; --resume goes on")
+            raise stopped if code > 1 else InputError(f"step {step}: {why}")
         if step == 1 and RANK == 0:  # not before it is known that the data can be read
             for path in [p for p in out.glob("*") if p.name != "config.json"]:  # an earlier run
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -664,14 +662,16 @@ def main(argv=None) -> int:
         check(fine, f"no {config.model} here; try --model EleutherAI/pythia-70m --layer 3")
         if WORLD > 1:
             distributed.init_process_group()
-        print("settings:", ", ".join(f"{name} {getattr(config, name)}" for name in DEMO))
+        if RANK == 0:
+            print("settings:", ", ".join(f"{name} {getattr(config, name)}" for name in DEMO))
         run_dir = train(config)
     except (InputError, OSError, KeyboardInterrupt, SystemExit) as error:
         return status_of(error, "jsae.py")
-    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    for name in ("ev_x", "ev_y", "jacobian_l1", "jacobian_above_0.01", "tokens_per_second"):
-        print(f"{name:22} {last[name]:,.4g}")
-    print(f"{'evaluate it with':22} python {HERE / 'evaluate.py'} {run_dir}")
+    if RANK == 0:
+        last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        for name in ("ev_x", "ev_y", "jacobian_l1", "jacobian_above_0.01", "tokens_per_second"):
+            print(f"{name:22} {last[name]:,.4g}")
+        print(f"{'evaluate it with':22} python {HERE / 'evaluate.py'} {run_dir}")
     return 0
 
 

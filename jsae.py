@@ -333,8 +333,7 @@ def load_language_model(config):
     places, load = (Path(config.model), HERE / config.model), transformers.AutoModelForCausalLM
     name, tokenizer = next((str(p) for p in places if p.exists()), config.model), None
     try:
-        torch.empty(0, device=device)
-        model = load.from_pretrained(name, dtype=torch.float32)
+        model = load.from_pretrained(name, dtype=torch.float32).to(device)
     except Exception as error:
         raise InputError(f"--model {config.model}, --device {config.device}: {error}") from error
     with suppress(OSError, ValueError, KeyError, ImportError):  # for text that comes as token ids
@@ -359,8 +358,9 @@ def load_documents(dataset, split):  # -> datasets.IterableDataset, whether it i
     files = [str(p) for p in (path, *sorted(path.rglob("*"))) if p.suffix in KINDS]
     found = {KINDS[Path(f).suffix] for f in files}
     check(len(found) == 1, f"expected files of one kind that end in {', '.join(KINDS)}")
-    options = {"encoding_errors": "replace"} if found <= {"text", "json"} else {}
-    options |= {"sample_by": "document"} if "text" in found else {}
+    options = {"sample_by": "document"} if found == {"text"} else {}
+    if found <= {"text", "json"}:  # "utf8", because JSON that is spelled "utf-8" is not decoded
+        options |= {"encoding": "utf8", "encoding_errors": "replace"}
     return load_dataset(*found, data_files=files, split="train", streaming=True, **options), True
 
 

@@ -7,10 +7,14 @@ python -m pytest        (about a minute on two cores; no network)
 import itertools
 import json
 import math
+import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from functools import partial
 from pathlib import Path
@@ -512,6 +516,13 @@ def test_text_that_ends_gives_the_whole_batches_that_it_holds(config):
 
 
 # ---- Training ------------------------------------------------------------------------------------
+def flags(config, **settings):
+    names = ["model", "layer", "dataset", "k", "tokens", "batch_size", "expansion_factor"]
+    names += ["context_size", "buffer_batches", "lr", "device", "output_dir"]
+    given = {name: getattr(config, name) for name in names} | settings
+    return [part for name, v in given.items() for part in (f"--{name.replace('_', '-')}", str(v))]
+
+
 def rows_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -598,25 +609,6 @@ def test_random_controls_redraw_or_permute_every_parameter(config):
     assert control.output_dir != changed(control, output_dir="").output_dir
 
 
-def test_numbers_that_break_stop_the_run_and_keep_the_last_good_weights(
-    config, monkeypatch, capsys
-):
-    real, calls = jsae.jsae_loss, []
-
-    def breaks(*args):
-        loss, parts = real(*args)
-        calls.append(1)
-        return loss * (math.nan if len(calls) == 5 else 1.0), parts
-
-    monkeypatch.setattr(jsae, "jsae_loss", breaks)
-    with pytest.raises(InputError, match="step 5"):
-        jsae.train(config)
-    (checkpoint,) = (Path(config.output_dir) / "checkpoint").iterdir()
-    tensors = safetensors.torch.load_file(checkpoint)
-    assert all(t.isfinite().all() for t in tensors.values()) and tensors["x.b_dec"].any()
-    assert not (Path(config.output_dir) / "sae_x").exists()
-
-
 def test_a_hub_stream_that_ends_stops_the_run_with_its_weights_saved(config, monkeypatch):
     documents = [{"text": "a b c d e f " * 40}] * 10
     stream = datasets.Dataset.from_list(documents).to_iterable_dataset()
@@ -629,6 +621,320 @@ def test_a_hub_stream_that_ends_stops_the_run_with_its_weights_saved(config, mon
 def test_local_text_that_ends_starts_again_with_a_notice(config, capfd):
     run = jsae.train(changed(config, tokens=60_000, batch_size=2048))
     assert rows_of(run)[-1]["step"] == 29 and "begins again" in capfd.readouterr().err
+
+
+# ---- Runs that survive ---------------------------------------------------------------------------
+TIMING = ("seconds", "tokens_per_second")
+
+
+def deterministic(run):
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows_of(run)]
+
+
+def assert_same_run(one, other):
+    for s in "xy":
+        file = Path(f"sae_{s}") / "sae_weights.safetensors"
+        assert (one / file).read_bytes() == (other / file).read_bytes()
+    assert deterministic(one) == deterministic(other)
+
+
+def interrupted_at(step, number, monkeypatch):
+    """A loss that sends the process a signal in the given step."""
+    real, calls = jsae.jsae_loss, itertools.count(1)
+
+    def loss(*args):
+        if next(calls) == step:
+            signal.raise_signal(number)
+        return real(*args)
+
+    monkeypatch.setattr(jsae, "jsae_loss", loss)
+
+
+@pytest.fixture
+def signals_kept():
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "step", [1, 4, 7, 14]
+)  # a buffer has 4 batches; the text ends in the third
+@pytest.mark.parametrize("text", ["documents", "one document"])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    number, status, step, text, config, tmp_path, monkeypatch, capsys, signals_kept
+):
+    if text == "one document":
+        (tmp_path / "one.txt").write_text(" ".join(map(str, range(400))))
+        config = changed(config, dataset=str(tmp_path / "one.txt"))
+    config = changed(config, jacobian_fraction=0.5)
+    whole = jsae.train(changed(config, output_dir=str(tmp_path / "whole")))
+    given = [*flags(config, jacobian_fraction=0.5), "--overwrite"]
+    with monkeypatch.context() as patch:
+        interrupted_at(step, number, patch)
+        assert jsae.main(given) == status
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == f"jsae.py: stopped at step {step}; --resume goes on"
+    assert len([*Path(config.output_dir).glob("checkpoint/*")]) == 1
+    assert jsae.main([*given, "--resume", "--checkpoint-minutes", "3"]) == 0
+    assert_same_run(whole, Path(config.output_dir))
+    assert not (whole / "checkpoint").exists()
+    assert not (Path(config.output_dir) / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(seed, config, tmp_path):
+    config = changed(config, tokens=128 * 60, checkpoint_minutes=0.0)  # one after every step
+    whole = jsae.train(changed(config, output_dir=str(tmp_path / "whole"), checkpoint_minutes=9.0))
+    command = [sys.executable, jsae.HERE / "jsae.py", *flags(config, checkpoint_minutes=0.0)]
+    draw, run = random.Random(seed), Path(config.output_dir)
+    for _ in range(2):
+        resume = ["--resume"] if (run / "config.json").exists() else []
+        with subprocess.Popen([*command, *resume], stderr=subprocess.DEVNULL) as process:
+            while not (run / "checkpoint").exists() and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0, 0.5))
+            process.kill()
+    subprocess.run([*command, "--resume"], check=True, timeout=120, capture_output=True)
+    assert_same_run(whole, run)
+
+
+@pytest.fixture
+def stopped(config, monkeypatch, signals_kept):
+    """A run with two checkpoints, after steps 8 and 9 of 15."""
+    config = changed(config, checkpoint_minutes=0.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_at(9, signal.SIGTERM, patch)
+        jsae.train(config)
+    return config
+
+
+def test_a_damaged_checkpoint_is_left_out_for_the_one_before_it(stopped, tmp_path, capsys):
+    whole = jsae.train(changed(stopped, output_dir=str(tmp_path / "whole")))
+    _, new = sorted(Path(stopped.output_dir).glob("checkpoint/*"))
+    data = new.read_bytes()
+    new.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+    run = jsae.train(changed(stopped, resume=True))
+    assert_same_run(whole, run)
+    assert f"{new} is damaged" in capsys.readouterr().err
+
+
+def test_without_a_whole_checkpoint_resume_stops_and_deletes_nothing(stopped, capsys):
+    paths = sorted(Path(stopped.output_dir).glob("checkpoint/*"))
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-100])
+    before = [path.read_bytes() for path in paths]
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        jsae.train(changed(stopped, resume=True))
+    assert [path.read_bytes() for path in paths] == before
+
+
+@pytest.mark.parametrize("setting", [{"k": 5}, {"lr": 0.02}, {"seed": 1}, {"tokens": 3000}, {"buffer_batches": 3}])  # fmt: skip
+def test_resume_refuses_another_setting_and_names_it(setting, stopped):
+    (name,) = setting
+    with pytest.raises(InputError, match=f"--resume: {name} was "):
+        jsae.train(changed(stopped, resume=True, **setting))
+
+
+def test_resume_refuses_a_model_that_has_changed(stopped, model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    info = Path(stopped.output_dir) / "config.json"
+    saved = json.loads(info.read_text())
+    saved["config"]["model"] = str(folder)
+    info.write_text(json.dumps(saved))
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "dense_h_to_4h.weight" in name)
+    tensors[name] = tensors[name] + 1
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="--resume: mlp_sha256 was"):
+        jsae.train(changed(stopped, resume=True, model=str(folder)))
+
+
+def test_resume_before_the_first_checkpoint_starts_over(stopped, tmp_path):
+    shutil.rmtree(Path(stopped.output_dir) / "checkpoint")
+    run = jsae.train(changed(stopped, resume=True))
+    assert_same_run(jsae.train(changed(stopped, output_dir=str(tmp_path / "whole"))), run)
+
+
+def test_resume_of_a_finished_run_leaves_it_as_it_is(config, monkeypatch):
+    run = jsae.train(config)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    monkeypatch.setattr(jsae, "jsae_loss", lambda *_: 1 / 0)
+    assert jsae.main([*flags(config), "--resume"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+@pytest.mark.parametrize("what", ["metrics.jsonl", "checkpoint"])
+def test_a_full_disk_stops_a_run_that_can_go_on(what, config, tmp_path, monkeypatch, capsys):
+    config = changed(config, checkpoint_minutes=0.0)
+    whole, calls = jsae.train(changed(config, output_dir=str(tmp_path / "whole"))), []
+    real = jsae.write_file if what == "checkpoint" else json.dumps
+
+    def full(first, *args, **kwargs):
+        hit = what in str(first) if what == "checkpoint" else "ev_x" in first
+        calls.extend([1] * hit)
+        if hit and len(calls) == 6:
+            raise OSError(28, "No space left on device", str(first)[:40])
+        return real(first, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*(jsae, "write_file") if what == "checkpoint" else (json, "dumps"), full)
+        assert jsae.main(flags(config, checkpoint_minutes=0.0)) == 2
+    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert_same_run(whole, jsae.train(changed(config, resume=True)))
+
+
+def test_checkpoints_come_after_their_minutes_and_two_are_kept(config, monkeypatch):
+    saved, real, clock = [], jsae.save_checkpoint, itertools.count(0, 30)  # half a minute per look
+    monkeypatch.setattr(jsae.time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(jsae, "save_checkpoint", lambda *a: saved.append(a[-1]) or real(*a))
+    kept = []
+    monkeypatch.setattr(jsae, "save_pair", lambda folder, *_: kept.extend(folder.glob("checkpoint/*")))  # fmt: skip
+    jsae.train(changed(config, checkpoint_minutes=2.5))
+    assert 2 <= len(saved) < 15 and len(kept) == 2
+    assert [int(path.name[:9]) for path in sorted(kept)] == saved[-2:]
+
+
+def broken_stream(n):
+    def documents():
+        for i in range(n):
+            yield {"text": f"Document {i}: " + " ".join(map(str, range(i, i + 60)))}
+        raise ConnectionError("the stream broke")
+
+    return lambda *_: (datasets.IterableDataset.from_generator(documents), False)
+
+
+def test_a_stream_that_breaks_stops_the_run_which_can_go_on(config, tmp_path, monkeypatch, capsys):
+    config = changed(config, tokens=128 * 100)
+    monkeypatch.setattr(jsae, "load_documents", broken_stream(300))
+    whole = jsae.train(changed(config, output_dir=str(tmp_path / "whole")))
+    monkeypatch.setattr(jsae, "load_documents", broken_stream(100))
+    assert jsae.main(flags(config)) == 2
+    assert "the stream broke" in capsys.readouterr().err.strip().splitlines()[-1]
+    monkeypatch.setattr(jsae, "load_documents", broken_stream(300))
+    assert jsae.main([*flags(config), "--resume"]) == 0
+    assert_same_run(whole, Path(config.output_dir))
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_documents_that_are_empty_enormous_or_not_utf8_are_counted(suffix, config, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    texts = [b"", b"", b"caf\xe9 " * 50, b"ab " * 400_000, *(b"plain %d " % i * 40 for i in range(40))]  # fmt: skip
+    texts = [t for t in texts if not t or zlib.crc32(t.decode("utf-8", "replace").encode()) % 20]
+    if suffix == "jsonl":
+        lines = [b'{"text": "' + t + b'"}' for t in texts]
+        (folder / "a.jsonl").write_bytes(b"\n".join(lines))
+    for i, text in enumerate(texts if suffix == "txt" else ()):
+        (folder / f"{i:02}.txt").write_bytes(text)
+    run = jsae.train(changed(config, dataset=str(folder), tokens=128 * 800, context_size=64))
+    assert rows_of(run)[-1]["odd_documents"] == {"empty": 2, "long": 1, "not_utf8": 1}
+
+
+def test_numbers_that_break_are_named_before_a_weight_changes(config, monkeypatch):
+    real, pairs = jsae.jsae_loss, []
+
+    def breaks(sae_x, sae_y, *args):
+        pairs.append([p.detach().clone() for sae in (sae_x, sae_y) for p in sae.parameters()])
+        loss, parts = real(sae_x, sae_y, *args)
+        bad = (sae_y.b_enc * 0).sum() if len(pairs) == 5 else 0.0
+        return loss + (bad * math.inf if len(pairs) == 5 else 0.0), parts
+
+    monkeypatch.setattr(jsae, "jsae_loss", breaks)
+    with pytest.raises(InputError, match=r"step 5: loss nan, NaN or Inf in gradients of \['y.b_enc'\]"):  # fmt: skip
+        jsae.train(config)
+    (path,) = Path(config.output_dir).glob("checkpoint/*")
+    tensors = safetensors.torch.load_file(path)
+    assert path.name.startswith("000000004-") and torch.equal(tensors["x.W_dec"], pairs[4][0])
+    assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_nan_among_the_activations_stops_the_run(config, monkeypatch):
+    real, calls = jsae.mlp_inputs, itertools.count(1)
+    monkeypatch.setattr(jsae, "mlp_inputs", lambda *a: real(*a) * (math.nan if next(calls) == 4 else 1))  # fmt: skip
+    with pytest.raises(InputError, match=r"step 5: NaN or Inf among the inputs x of layer 0's MLP"):
+        jsae.train(config)
+    assert len([*Path(config.output_dir).glob("checkpoint/000000004-*")]) == 1
+
+
+def test_nothing_is_pickled_and_no_remote_code_is_trusted():
+    for program in ("jsae.py", "evaluate.py"):
+        text = (jsae.HERE / program).read_text()
+        assert not re.search(
+            r"(?<!safetensors\.)torch\.(load|save)\b|pickle|trust_remote_code|_object\(", text
+        )
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+PROBE = """
+import sys, torch, jsae
+config, world = jsae.Config(**eval(sys.argv[1])), jsae.WORLD
+config = jsae.dataclasses.replace(config, output_dir=f"{config.output_dir}-{world}")
+x = torch.randn(config.batch_size, 16, generator=torch.Generator().manual_seed(3))
+half = config.batch_size // world
+jsae.activation_batches = lambda *_: iter([x[jsae.RANK * half :][:half]] * 3)
+real = torch.nn.utils.get_total_norm
+def norm(grads):
+    named = {str(i): g for i, g in enumerate(grads)}
+    jsae.safetensors.torch.save_file(named, f"{sys.argv[2]}-{world}-{jsae.RANK}")
+    sys.exit(0)
+torch.nn.utils.get_total_norm = norm
+if world > 1:
+    torch.distributed.init_process_group()
+jsae.train(config)
+"""
+
+
+def torchrun(*command, **kwargs):
+    """The command in two processes on this machine; -> (status, stdout, stderr)."""
+    here = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*here, *command], capture_output=True, text=True, timeout=120, check=False, **kwargs)  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_gradients_of_two_halves_in_two_processes_equal_those_of_the_whole(config, tmp_path):
+    (tmp_path / "probe.py").write_text(PROBE)
+    settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    command = [tmp_path / "probe.py", repr(settings), tmp_path / "grads"]
+    environment = os.environ | {"PYTHONPATH": str(jsae.HERE)}
+    subprocess.run([sys.executable, *command], check=True, timeout=120, env=environment)
+    status, _, error = torchrun(*command, env=environment)
+    assert status == 0, error
+    files = [tmp_path / f"grads-{n}" for n in ("1-0", "2-0", "2-1")]
+    whole, one, other = map(safetensors.torch.load_file, files)
+    assert len(whole) == 8 and all(torch.equal(one[name], other[name]) for name in whole)
+    for name, expected in whole.items():
+        torch.testing.assert_close(one[name], expected, rtol=1e-4, atol=1e-8)
+
+
+def test_two_processes_train_stop_together_and_go_on(config, tmp_path):
+    command = [jsae.HERE / "jsae.py", *flags(config, tokens=128 * 400, buffer_batches=2)]
+    status, out, error = torchrun(*command[:-1], tmp_path / "whole")
+    assert status == 0 and out.count("evaluate it with") == 1, error
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["processes"] == 2
+    run = Path(config.output_dir)
+    here = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    with subprocess.Popen([*here, *command], stderr=subprocess.PIPE, text=True) as process:
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+            time.sleep(0.02)
+            assert process.poll() is None
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGTERM)  # one of the two
+        error = process.communicate(timeout=60)[1]
+    assert len(re.findall("stopped at step ([0-9]+);", error)) == 2, error
+    assert not (run / "sae_x").exists() and [*run.glob("checkpoint/*")]
+    status, _, error = torchrun(*command, "--resume")
+    assert status == 0, error
+    assert_same_run(tmp_path / "whole", run)
+    with pytest.raises(InputError, match="processes was 2, now 1"):
+        jsae.train(changed(config, tokens=128 * 400, buffer_batches=2, resume=True))
+
+
+def test_a_batch_that_two_processes_cannot_divide_is_refused(config):
+    status, _, error = torchrun(jsae.HERE / "jsae.py", *flags(config, batch_size=127))
+    assert status != 0 and "no batch of 127 for 2 processes" in error
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -999,13 +1305,6 @@ def test_bad_evaluations_get_one_line_and_status_2(
 
 
 # ---- Command line --------------------------------------------------------------------------------
-def flags(config, **settings):
-    names = ["model", "layer", "dataset", "k", "tokens", "batch_size", "expansion_factor"]
-    names += ["context_size", "buffer_batches", "output_dir"]
-    given = {name: getattr(config, name) for name in names} | settings
-    return [part for name, v in given.items() for part in (f"--{name.replace('_', '-')}", str(v))]
-
-
 def test_the_command_trains_prints_its_table_and_refuses_to_overwrite(config, capsys):
     assert jsae.main(flags(config)) == 0
     out = capsys.readouterr().out

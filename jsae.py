@@ -570,7 +570,7 @@ def open_run(config, mlp):
     return info
 
 
-def save_checkpoint(folder, saes, adam, step):  # and keep the newest two
+def save_checkpoint(folder, saes, adam, step):  # and keep the newest two alone
     if RANK == 0 < step:
         tensors = saes.state_dict()
         for name, p in saes.named_parameters():
@@ -578,7 +578,8 @@ def save_checkpoint(folder, saes, adam, step):  # and keep the newest two
         data = safetensors.torch.save(tensors)
         name = f"{step:09}-{hashlib.sha256(data).hexdigest()}.safetensors"
         write_file(folder / "checkpoint" / name, data)
-        for path in sorted(folder.glob("checkpoint/*.safetensors"))[:-2]:
+        newest = sorted(folder.glob("checkpoint/*.safetensors"))[-2:]
+        for path in {*folder.glob("checkpoint/*")} - {*newest}:
             path.unlink()
 
 
@@ -660,8 +661,7 @@ def main(argv=None) -> int:
         config = Config(**vars(parser.parse_args(argv)))
         fine = not demo or (HERE / config.model).is_dir()
         check(fine, f"no {config.model} here; try --model EleutherAI/pythia-70m --layer 3")
-        if WORLD > 1:
-            distributed.init_process_group()
+        distributed.init_process_group() if WORLD > 1 else None
         if RANK == 0:
             print("settings:", ", ".join(f"{name} {getattr(config, name)}" for name in DEMO))
         run_dir = train(config)

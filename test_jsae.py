@@ -1239,67 +1239,167 @@ def test_text_from_data_is_escaped_in_the_report():
     assert "<b>" not in page and "&lt;b&gt;" in page and "--a:0.50" in page and "&amp;" in page
 
 
-EVALUATION = [  # flags or what is done to the run, what the line on stderr must say
-    (["--tokens", "0"], "--tokens is 0"),
-    (["--tokens", "many"], "many"),
-    (["--tokens", "100000000"], "holds out"),
-    (["--batch-size", "-1"], "--batch-size is -1"),
-    (["--seed", "-1"], "--seed is -1"),
-    (["--dtype", "float16"], "float16"),
-    (["--thresholds", "low"], "low"),
-    (["--latents", "64"], "output latents 0 to 63"),
-    (["--plot", "nothing", "jacobian.hoyer"], "no nothing in the evaluation"),
-    (["--plot", "model", "jacobian.hoyer"], "--plot model"),
-    (["--dataset", "no-such-file.txt"], "no-such-file.txt"),
-    (["--device", "cuda:99"], "cuda:99"),
-    (["--no-such-flag"], "--no-such-flag"),
-    ("no run", "not a finished run"),
-    ("no weights", "not a finished run"),
-    ("model gone", "no-such-model"),
-    ("model changed", "changed"),
-    ("text gone", "gone.jsonl"),
-    ("unfinished evaluation", "leave out --reuse"),
-    ("output is a file", "taken"),
-    ("no matplotlib", "pip install matplotlib"),
+# ---- Bad input -----------------------------------------------------------------------------------
+DATA = {  # file name: (content, what the line must say)
+    "empty.txt": (b"", "empty.txt"),
+    "short.txt": (b"only a few words", "less than one batch"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": ', "broken.jsonl"),
+    "other.jsonl": (b'{"body": "a"}\n', "body"),
+    "ids.jsonl": (b'{"input_ids": [5, 99999, 7]}\n', "99999"),
+    "below.jsonl": (b'{"input_ids": [5, -1, 7]}\n', "-1"),
+    "broken.parquet": (b"PAR1 is not enough", "broken.parquet"),
+    "broken.jsonl.zst": (b"not compressed", "broken.jsonl.zst"),
+    "picture.png": (b"", "files of one kind"),
+}
+BAD = [  # program; settings, flags, or what is wrong (see arrange); what the line must say
+    ("jsae", {"model": "no-such-folder-or-model"}, "no-such-folder-or-model"),
+    ("jsae", {"dataset": "no/such-data-set"}, "no/such-data-set"),
+    ("jsae", {"dataset": "no-such-file.txt"}, "no-such-file.txt"),
+    ("jsae", {"layer": -1}, "--layer is -1; expected int from 0"),
+    ("jsae", {"layer": 1}, "--layer takes 0 to 0"),
+    ("jsae", {"k": 65}, "k is 65; expected 1 to 64"),
+    ("jsae", {"k": 0}, "--k is 0; expected int from 1"),
+    ("jsae", {"k": "many"}, "many"),
+    ("jsae", {"tokens": 0}, "--tokens is 0"),
+    ("jsae", {"tokens": 1.5}, "1.5"),
+    ("jsae", {"tokens": 100}, "--tokens 100"),
+    ("jsae", {"batch_size": -4}, "--batch-size is -4"),
+    ("jsae", {"expansion_factor": 0}, "--expansion-factor is 0"),
+    ("jsae", {"buffer_batches": 0}, "--buffer-batches is 0"),
+    ("jsae", {"context_size": 1}, "--context-size is 1; expected int from 2"),
+    ("jsae", {"seed": -1}, "--seed is -1"),
+    ("jsae", {"lr": 0}, "--lr is 0"),
+    ("jsae", {"lr": "inf"}, "--lr is inf"),
+    ("jsae", {"lr": "nan"}, "--lr is nan"),
+    ("jsae", {"jacobian_coef": -1}, "--jacobian-coef is -1"),
+    ("jsae", {"jacobian_coef": "nan"}, "--jacobian-coef is nan"),
+    ("jsae", {"jacobian_fraction": 0}, "--jacobian-fraction is 0"),
+    (
+        "jsae",
+        {"jacobian_fraction": 1.5},
+        "--jacobian-fraction is 1.5; expected float from 1e-09 to 1",
+    ),
+    ("jsae", {"checkpoint_minutes": -1}, "--checkpoint-minutes is -1"),
+    ("jsae", {"checkpoint_minutes": "nan"}, "--checkpoint-minutes is nan"),
+    ("jsae", {"dtype": "float16"}, "'float16'; expected ('auto', 'float32', 'bfloat16')"),
+    ("jsae", {"device": "tpu"}, "--device tpu"),
+    ("jsae", {"randomize_weights": "yes"}, "'yes'; expected ('none', 'init', 'shuffle')"),
+    ("jsae", {"no_such_flag": 1}, "--no-such-flag"),
+    *(("jsae", name, says) for name, (_, says) in DATA.items()),
+    ("jsae", "no CUDA", "--device cuda"),
+    ("jsae", "a file stands there", "is taken"),
+    ("jsae", "other things stand there", "is taken"),
+    ("jsae", "a config.json of others stands there", "is taken"),
+    ("jsae", "a finished run stands there", "is taken; --overwrite"),
+    ("jsae", "the folder cannot be made", "Not a directory"),
+    ("jsae", "the disk is full", "No space left"),
+    ("jsae", "nothing to resume", "holds no run (no config.json)"),
+    ("jsae", "resume an empty folder", "holds no run (no config.json)"),
+    ("jsae", "resume with another k", "--resume: k was 4, now 5"),
+    ("evaluate", ["--tokens", "0"], "--tokens is 0"),
+    ("evaluate", ["--tokens", "many"], "many"),
+    ("evaluate", ["--tokens", "100000000"], "holds out"),
+    ("evaluate", ["--batch-size", "-1"], "--batch-size is -1"),
+    ("evaluate", ["--seed", "-1"], "--seed is -1"),
+    ("evaluate", ["--dtype", "float16"], "float16"),
+    ("evaluate", ["--thresholds", "low"], "low"),
+    ("evaluate", ["--latents", "64"], "output latents 0 to 63"),
+    ("evaluate", ["--plot", "nothing", "jacobian.hoyer"], "no nothing in the evaluation"),
+    ("evaluate", ["--plot", "model", "jacobian.hoyer"], "--plot model"),
+    ("evaluate", ["--dataset", "no-such-file.txt"], "no-such-file.txt"),
+    ("evaluate", ["--device", "cuda:99"], "cuda:99"),
+    ("evaluate", ["--no-such-flag"], "--no-such-flag"),
+    ("evaluate", "no run", "not a finished run"),
+    ("evaluate", "no weights", "not a finished run"),
+    ("evaluate", "damaged weights", "not a finished run"),
+    ("evaluate", "model gone", "no-such-model"),
+    ("evaluate", "model changed", "changed"),
+    ("evaluate", "text gone", "gone.jsonl"),
+    ("evaluate", "unfinished evaluation", "leave out --reuse"),
+    ("evaluate", "output is a file", "taken"),
+    ("evaluate", "the disk is full", "No space left"),
+    ("evaluate", "no matplotlib", "pip install matplotlib"),
 ]
 
 
-@pytest.mark.parametrize("case, says", EVALUATION, ids=[str(case) for case, _ in EVALUATION])
-def test_bad_evaluations_get_one_line_and_status_2(
-    case, says, run_copy, tmp_path, capsys, monkeypatch
-):
-    flags = case if isinstance(case, list) else []
-    settings = run_copy / "config.json"
+def arrange(case, run, folder, monkeypatch):
+    """Make wrong in the run or around it what the case says -> flags for the program."""
+
+    def edit(**changes):
+        info = json.loads((run / "config.json").read_text())
+        changed = {name: info[name] | value if isinstance(value, dict) else value for name, value in changes.items()}  # fmt: skip
+        (run / "config.json").write_text(json.dumps(info | changed))
+
+    output = folder / "output"
+    if case in DATA:
+        (folder / case).write_bytes(DATA[case][0])
+        return ["--dataset", str(folder / case)]
+    if case == "no CUDA":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        return ["--device", "cuda"]
+    if case in ("a file stands there", "output is a file", "the folder cannot be made"):
+        (folder / "taken").write_text("mine")
+        inside = "inside" if case == "the folder cannot be made" else ""
+        return ["--output-dir", str(folder / "taken" / inside)]
+    if case in ("other things stand there", "a config.json of others stands there"):
+        output.mkdir()
+        name = "thesis.tex" if case == "other things stand there" else "config.json"
+        (output / name).write_text("{}")
+        return ["--overwrite", "--output-dir", str(output)]
+    if case == "a finished run stands there":
+        return ["--output-dir", str(run)]
+    if case == "the disk is full":
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(jsae.os, "fsync", full)
+    if case in ("nothing to resume", "resume an empty folder"):
+        if case == "resume an empty folder":
+            output.mkdir()
+        return ["--resume", "--output-dir", str(output)]
+    if case == "resume with another k":
+        return ["--resume", "--output-dir", str(run), "--tokens", "20000", "--buffer-batches", "32", "--k", "5"]  # fmt: skip
     if case == "no run":
-        settings.unlink()
-    elif case == "no weights":
-        (run_copy / "sae_y" / "sae_weights.safetensors").unlink()
-    elif case == "model gone":
-        info = json.loads(settings.read_text())
-        info["config"]["model"] = str(tmp_path / "no-such-model")
-        settings.write_text(json.dumps(info))
-    elif case == "model changed":
-        info = json.loads(settings.read_text())
-        settings.write_text(json.dumps(info | {"mlp_sha256": "0" * 64}))
-    elif case == "text gone":
-        info = json.loads(settings.read_text())
-        info["config"]["dataset"] = "gone.jsonl"
-        settings.write_text(json.dumps(info))
-    elif case == "unfinished evaluation":
-        (run_copy / "evaluation.json").write_text('{"config": {}')
-        flags = ["--reuse"]
-    elif case == "output is a file":
-        (tmp_path / "taken").write_text("")
-        flags = ["--output-dir", str(tmp_path / "taken")]
-    elif case == "no matplotlib":
+        (run / "config.json").unlink()
+    if case in ("no weights", "damaged weights"):
+        weights = run / "sae_y" / "sae_weights.safetensors"
+        weights.unlink() if case == "no weights" else weights.write_bytes(b"\x10" * 50)
+    if case == "model gone":
+        edit(config={"model": str(folder / "no-such-model")})
+    if case == "model changed":
+        edit(mlp_sha256="0" * 64)
+    if case == "text gone":
+        edit(config={"dataset": "gone.jsonl"})
+    if case == "unfinished evaluation":
+        (run / "evaluation.json").write_text('{"config": {}')
+        return ["--reuse"]
+    if case == "no matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    before = {p: p.read_bytes() for p in run_copy.rglob("*") if p.is_file()}
-    assert evaluate.main([str(run_copy), *SMALL, *flags]) == 2
+    return []
+
+
+@pytest.mark.parametrize("program, case, says", BAD, ids=[f"{p} {c}" for p, c, _ in BAD])
+def test_bad_input_gets_one_line_and_status_2_and_damages_nothing(
+    program, case, says, config, run_copy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    wrong = arrange(case, run_copy, tmp_path, monkeypatch) if isinstance(case, str) else []
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if program == "jsae":
+        given = flags(config, **(case if isinstance(case, dict) else {}))
+        status = jsae.main([*given, *wrong])
+    else:
+        status = evaluate.main(
+            [str(run_copy), *SMALL, *(case if isinstance(case, list) else wrong)]
+        )
     out, err = capsys.readouterr()
-    line = err.splitlines()[-1]
-    assert line.startswith("evaluate.py: error:") and says in line and "Traceback" not in err
-    assert before == {p: p.read_bytes() for p in before}
+    line = err.strip().splitlines()[-1]
+    assert status == 2 and line.startswith(f"{program}.py: error:") and "Traceback" not in err
+    assert says in line, line
+    assert before == {path: path.read_bytes() for path in before}
+    assert not (Path(config.output_dir) / "sae_x").exists()
     if case == "no matplotlib":
         assert "Hoyer" in out and (run_copy / "evaluation.json").exists()
 
@@ -1332,92 +1432,6 @@ def test_without_a_model_the_demo_settings_stand_in_and_flags_win(monkeypatch, c
     assert given[1] == Config() and Config().k == 32 and Config().batch_size == 4096
 
 
-BAD = [  # settings, what the line on stderr must say
-    ({"model": "no-such-folder-or-model"}, "no-such-folder-or-model"),
-    ({"dataset": "no/such-data-set"}, "no/such-data-set"),
-    ({"dataset": "no-such-file.txt"}, "no-such-file.txt"),
-    ({"layer": -1}, "--layer is -1"),
-    ({"layer": 1}, "--layer takes 0 to 0"),
-    ({"k": 65}, "k is 65; expected 1 to 64"),
-    ({"k": 0}, "--k is 0"),
-    ({"k": "many"}, "many"),
-    ({"tokens": 0}, "--tokens is 0"),
-    ({"tokens": 1.5}, "1.5"),
-    ({"tokens": 100}, "100"),
-    ({"batch_size": -4}, "--batch-size is -4"),
-    ({"expansion_factor": 0}, "--expansion-factor is 0"),
-    ({"buffer_batches": 0}, "--buffer-batches is 0"),
-    ({"context_size": 1}, "--context-size is 1"),
-    ({"seed": -1}, "--seed is -1"),
-    ({"lr": 0}, "--lr is 0"),
-    ({"lr": "inf"}, "--lr is inf"),
-    ({"lr": "nan"}, "--lr is nan"),
-    ({"jacobian_coef": -1}, "--jacobian-coef is -1"),
-    ({"jacobian_coef": "nan"}, "--jacobian-coef is nan"),
-    ({"jacobian_fraction": 0}, "--jacobian-fraction is 0"),
-    ({"jacobian_fraction": 1.5}, "--jacobian-fraction is 1.5"),
-    ({"dtype": "float16"}, "float16"),
-    ({"device": "tpu"}, "tpu"),
-    ({"randomize_weights": "yes"}, "yes"),
-    ({"no_such_flag": 1}, "--no-such-flag"),
-]
-
-
-def assert_refused(status, error, says, folder):
-    line = error.strip().splitlines()[-1]
-    assert status == 2 and says in line and "error: " in line and "Traceback" not in error
-    assert not (folder / "sae_x").exists()
-
-
-@pytest.mark.parametrize("settings, says", BAD, ids=[str(b) for b, _ in BAD])
-def test_bad_settings_get_one_line_and_status_2(settings, says, config, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    status = jsae.main(flags(config, **settings))
-    assert_refused(status, capsys.readouterr().err, says, Path(config.output_dir))
-    assert not Path(config.output_dir).exists()
-
-
-def test_cuda_that_is_not_there_is_refused(config, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    status = jsae.main(flags(config, device="cuda"))
-    assert_refused(status, capsys.readouterr().err, "--device cuda", Path(config.output_dir))
-
-
-DATA = {  # file name: (content, what the line on stderr must say)
-    "empty.txt": (b"", "empty.txt"),
-    "short.txt": (b"only a few words", "short.txt"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text": ', "broken.jsonl"),
-    "other.jsonl": (b'{"body": "a"}\n', "body"),
-    "ids.jsonl": (b'{"input_ids": [5, 99999, 7]}\n', "99999"),
-    "broken.parquet": (b"PAR1 is not enough", "broken.parquet"),
-    "broken.jsonl.zst": (b"not compressed", "broken.jsonl.zst"),
-    "picture.png": (b"", "picture.png"),
-}
-
-
-@pytest.mark.parametrize("name", DATA)
-def test_bad_data_gets_one_line_and_status_2(name, config, capsys, tmp_path):
-    content, says = DATA[name]
-    (tmp_path / name).write_bytes(content)
-    status = jsae.main(flags(config, dataset=tmp_path / name))
-    assert_refused(status, capsys.readouterr().err, says, Path(config.output_dir))
-    assert not Path(config.output_dir).exists()
-
-
-def test_an_output_folder_that_holds_something_else_is_left_alone(config, capsys, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "config.json").write_text("{}")
-    for name in ("file", "folder"):
-        status = jsae.main([*flags(config, output_dir=tmp_path / name), "--overwrite"])
-        assert_refused(
-            status, capsys.readouterr().err, str(tmp_path / name), Path(config.output_dir)
-        )
-    assert (tmp_path / "file").read_text() == "mine"
-    assert (tmp_path / "folder" / "config.json").read_text() == "{}"
-
-
 def test_what_is_not_a_run_is_not_loaded(tmp_path):
     with pytest.raises(InputError, match="is not a finished run"):
         jsae.load_run(tmp_path)
@@ -1443,7 +1457,7 @@ def test_as_a_program_copied_alone(config, tmp_path):
     assert status == 0 and "evaluate it with" in out, error
     assert len(weights_of(Path(Path(config.output_dir)))) == 8
     status, _, error = run_alone(tmp_path, *flags(config, k="x"))
-    assert_refused(status, error, "'x'", tmp_path)
+    assert status == 2 and "'x'" in error.strip().splitlines()[-1] and "Traceback" not in error
 
 
 def test_the_readmes_snippets_run():

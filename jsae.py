@@ -36,7 +36,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub import snapshot_download
 from torch import distributed, nn
@@ -352,7 +352,7 @@ def load_documents(dataset, split):  # -> datasets.IterableDataset, whether it i
         names = [p.relative_to(root).as_posix() for p in root.rglob("*.py")]
         names = sorted((n for n in names if "-packages/" not in n), key=lambda n: crc32(n.encode()))
         texts = [(root / n).read_text("utf-8", "replace") for n in names]
-        return datasets.Dataset.from_dict({"path": names, "text": texts}).to_iterable_dataset(), 1
+        return Dataset.from_dict({"path": names, "text": texts}).to_iterable_dataset(), True
     if not path.exists() and path.suffix not in KINDS:
         return load_dataset(*dataset.split(":", 1), split=split, streaming=True), False
     files = [str(p) for p in (path, *sorted(path.rglob("*"))) if p.suffix in KINDS]
@@ -397,14 +397,14 @@ def token_contexts(config, model, tokenizer, held_out=False, skip=0, odd=None):
 
     try:
         documents, local = load_documents(config.dataset, config.split)
-        by_document = local and len([*islice(groupby(documents, is_held_out), 2)]) == 2
+        whole = not local or len([*islice(groupby(documents, is_held_out), 2)]) < 2
         documents = split_dataset_by_node(documents, RANK, WORLD)
         while True:
             odd.clear()
-            contexts = pack(d for d in documents if not by_document or is_held_out(d) == held_out)
-            if local and not by_document:
+            contexts, n = pack(d for d in documents if whole or is_held_out(d) == held_out), 0
+            if local and whole:
                 cut = -max(1, len(contexts := list(contexts)) // 20)
-                contexts, n = contexts[cut:] if held_out else contexts[:cut], 0
+                contexts = contexts[cut:] if held_out else contexts[:cut]
             for n, context in enumerate(contexts, 1):
                 if n > skip:
                     yield context
@@ -434,11 +434,12 @@ def activation_batches(config, model, mlp, tokenizer, autocast, done=0, odd=None
     a buffer that is filled, used up, and filled anew; until the text ends or `stop` has a signal."""
     first, most = 0 if config.keep_first_token else 1, config.buffer_batches
     batch, steps = config.batch_size // WORLD, config.tokens // config.batch_size
-    width, filling = config.context_size - first, done // most
-    n = -(-batch * min(steps, most) // width)  # contexts in a buffer
-    contexts = token_contexts(config, model, tokenizer, skip=filling * n, odd=odd)
-    buffer = torch.empty(n, width, mlp.W_in.shape[1], device=model.device)
-    while ids := [*islice(contexts, n)]:
+    width = config.context_size - first
+    n = [-(-batch * min(left, most) // width) for left in range(steps, 0, -most)]  # contexts each
+    contexts = token_contexts(config, model, tokenizer, skip=sum(n[: done // most]), odd=odd)
+    buffer = torch.empty(n[0], width, mlp.W_in.shape[1], device=model.device)
+    for filling in range(done // most, len(n)):
+        ids = [*islice(contexts, n[filling])]
         for i in range(0, len(ids), 16):
             if stop:
                 return
@@ -451,7 +452,6 @@ def activation_batches(config, model, mlp, tokenizer, autocast, done=0, odd=None
         for some in torch.from_numpy(order).split(batch)[done % most : len(rows) // batch]:
             yield rows[some.to(rows.device)]
             done += 1
-        filling += 1
 
 
 @torch.no_grad()
@@ -465,10 +465,10 @@ def measure(sae_x, sae_y, mlp, x):  # -> a row of metrics.jsonl, of 512 tokens
     return row | {"jacobian_l1": J.mean().item(), "jacobian_above_0.01": above}
 
 
-def train(config: Config) -> Path:
+def train(config: Config, graceful=False) -> Path:
     """Train a pair, write and return the run's folder. Warm-up: lr 1 % of the steps, lambda 5 %; lr
     falls to 0 over the last 20 %. InputError if a setting cannot be used, the text ends or a number
-    breaks; KeyboardInterrupt(status, line) after SIGINT or SIGTERM. Both leave a checkpoint."""
+    breaks; if graceful, KeyboardInterrupt(status, line) after a signal. Both leave a checkpoint."""
     out, batch = Path(config.output_dir), config.batch_size
     steps, fine = config.tokens // batch, config.tokens >= batch and batch % WORLD == 0
     check(fine, f"--tokens {config.tokens} is no batch of {batch} for {WORLD} processes")
@@ -493,9 +493,8 @@ def train(config: Config) -> Path:
     done = load_checkpoint(out, saes, adam) if config.resume else 0
     start = saved = time.time()
     batches = activation_batches(config, model, mlp, tokenizer, autocast, done, odd, stop)
-    with suppress(ValueError):  # outside the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: stop.append(128 + number))
+    for number in (signal.SIGINT, signal.SIGTERM) if graceful else ():
+        signal.signal(number, lambda number, _: stop.append(128 + number))
     for step in (bar := tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=RANK)):
         try:
             x, why = next(batches, None), f"{config.dataset} ended, or another process stopped"
@@ -664,7 +663,7 @@ def main(argv=None) -> int:
         distributed.init_process_group() if WORLD > 1 else None
         if RANK == 0:
             print("settings:", ", ".join(f"{name} {getattr(config, name)}" for name in DEMO))
-        run_dir = train(config)
+        run_dir = train(config, graceful=True)
     except (InputError, OSError, KeyboardInterrupt, SystemExit) as error:
         return status_of(error, "jsae.py")
     if RANK == 0:

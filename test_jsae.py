@@ -707,7 +707,7 @@ def stopped(config, monkeypatch, signals_kept):
     config = changed(config, checkpoint_minutes=0.0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupted_at(9, signal.SIGTERM, patch)
-        jsae.train(config)
+        jsae.train(config, graceful=True)
     return config
 
 
@@ -1421,7 +1421,7 @@ def test_the_command_trains_prints_its_table_and_refuses_to_overwrite(config, ca
 
 def test_without_a_model_the_demo_settings_stand_in_and_flags_win(monkeypatch, capsys):
     given = []
-    monkeypatch.setattr(jsae, "train", lambda config: given.append(config) or 1 / 0)
+    monkeypatch.setattr(jsae, "train", lambda config, **_: given.append(config) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         jsae.main(["--k", "5", "--jacobian-coef", "0"])
     demo = jsae.DEMO | {"k": 5, "jacobian_coef": 0.0}

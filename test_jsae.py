@@ -868,6 +868,18 @@ def test_nothing_is_pickled_and_no_remote_code_is_trusted():
 
 
 # ---- Several processes ---------------------------------------------------------------------------
+def test_each_process_reads_its_own_share_of_the_documents(config, monkeypatch):
+    model, tokenizer = jsae.load_language_model(config)
+    monkeypatch.setattr(jsae, "WORLD", 2)
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(jsae, "RANK", rank)
+        contexts = itertools.islice(jsae.token_contexts(config, model, tokenizer), 190)
+        text = tokenizer.decode(np.concatenate([c[1:] for c in contexts]))
+        found.append(set(re.findall("Document [0-9]+:", text)))
+    assert min(map(len, found)) > 40 and not found[0] & found[1]
+
+
 PROBE = """
 import sys, torch, jsae
 config, world = jsae.Config(**eval(sys.argv[1])), jsae.WORLD

@@ -685,7 +685,7 @@ def main(argv=None) -> int:
         if not drawn:
             raise InputError("the figures need matplotlib: pip install matplotlib")
         print(f"\nfigures and report: {folder / 'report.html'}")
-    except (InputError, OSError, KeyboardInterrupt, SystemExit) as error:
+    except (InputError, OSError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit) as error:
         return jsae.status_of(error, "evaluate.py")
     return 0
 

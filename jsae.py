@@ -47,7 +47,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 HERE = Path(__file__).resolve().parent
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
 KINDS = {".txt": "text", ".jsonl": "json", ".zst": "json", ".parquet": "parquet", ".arrow": "arrow"}
-CHUNK = {"cpu": 2**23, "cuda": 2**29}  # bytes that fit the cache of a CPU, or keep a GPU busy
+CHUNK = {"cpu": 2**23}  # bytes that fit the cache; 2^29, which keep it busy, on any other device
 DEMO = {"model": "assets/tiny-pythia", "layer": 2, "dataset": "stdlib", "context_size": 256}
 DEMO |= {"tokens": 1_200_000, "batch_size": 2048, "lr": 3e-3, "k": 16, "expansion_factor": 4}
 Latents = namedtuple("Latents", "acts idx")  # (..., k): what TopK kept; not active if acts is 0
@@ -86,7 +86,7 @@ class Config:
     device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
     dtype: str = HfArg(default="auto", help="large products; auto: bfloat16 on CUDA, else float32")
     output_dir: str = HfArg(default="", help="the run's folder; default: in runs/, by settings")
-    overwrite: bool = HfArg(default=False, help="replace the run that the folder holds")
+    overwrite: bool = HfArg(default=False, help="replace the run in the folder, and all in it")
     resume: bool = HfArg(default=False, help="go on with the run that the folder holds")
     checkpoint_minutes: float = HfArg(default=10.0, help="time from one checkpoint to the next")
 
@@ -97,7 +97,7 @@ class Config:
         words["randomize_weights"] = ("none", "init", "shuffle")
         for name, kind in Config.__annotations__.items():
             value, low, number = getattr(self, name), least.get(name, 1), kind in (int, float)
-            high = 1 if name == "jacobian_fraction" else 1e15
+            high = {"jacobian_fraction": 1, "seed": 2**31}.get(name, 1e15)
             fine = low <= value <= high if number else value in words.get(name, (value,))
             expected = words.get(name, f"{kind.__name__} from {low:g} to {high:g}")
             check(fine, f"--{name.replace('_', '-')} is {value!r}; expected {expected}")
@@ -273,7 +273,7 @@ class JacobianL1(torch.autograd.Function):
     def forward(ctx, mask, i_y, i_x, cs, left, *rights):
         k, d_mlp, dtype, total = i_y.shape[1], left.shape[1], mask.dtype, mask.new_zeros(())
         grads = [torch.zeros_like(table, dtype=dtype) for table in (left, *rights)]
-        size = max(1, CHUNK[left.device.type] // (k * d_mlp * dtype.itemsize))
+        size = max(1, CHUNK.get(left.device.type, 2**29) // (k * d_mlp * dtype.itemsize))
         for i, j, m, *c in zip(*(t.split(size) for t in (i_y, i_x, mask, *cs))):
             i, j = i.flatten(), j.flatten()
             a = left.index_select(0, i).view(-1, k, d_mlp)  # (chunk, k, d_mlp)
@@ -306,7 +306,7 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
     with torch.autocast(device, enabled=False):
         for name, sae, v in (("x", sae_x, x), ("y", sae_y, y.to(x.dtype))):
             W, b = sae.W_enc.detach().to(low), sae.b_enc.detach().to(low)  # to choose the latents
-            some = v.to(low).split(max(1, CHUNK[device] // (len(W) * low.itemsize)))
+            some = v.to(low).split(max(1, CHUNK.get(device, 2**29) // (len(W) * low.itemsize)))
             idx = torch.cat([F.linear(rows, W, b).topk(sae.k).indices for rows in some])
             acts = F.relu(Products.apply(v, sae.W_enc, idx) + sae.b_enc[idx])
             mse = F.mse_loss(weighted_rows(acts, sae.W_dec, idx) + sae.b_dec, v)
@@ -337,7 +337,8 @@ def load_language_model(config):
     except Exception as error:
         raise InputError(f"--model {config.model}, --device {config.device}: {error}") from error
     with suppress(OSError, ValueError, KeyError, ImportError):  # for text that comes as token ids
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        found = transformers.AutoTokenizer.from_pretrained(name)  # which may know no words
+        tokenizer = found if found("a", add_special_tokens=False).input_ids else None
     torch.manual_seed(config.seed)
     if config.randomize_weights == "init":
         model = load.from_config(model.config, dtype=torch.float32)
@@ -352,7 +353,7 @@ def load_documents(dataset, split):  # -> datasets.IterableDataset, whether it i
         names = [p.relative_to(root).as_posix() for p in root.rglob("*.py")]
         names = sorted((n for n in names if "-packages/" not in n), key=lambda n: crc32(n.encode()))
         texts = [(root / n).read_text("utf-8", "replace") for n in names]
-        return Dataset.from_dict({"path": names, "text": texts}).to_iterable_dataset(), True
+        return Dataset.from_dict({"stdlib": names, "text": texts}).to_iterable_dataset(), True
     if not path.exists() and path.suffix not in KINDS:
         return load_dataset(*dataset.split(":", 1), split=split, streaming=True), False
     files = [str(p) for p in (path, *sorted(path.rglob("*"))) if p.suffix in KINDS]
@@ -375,14 +376,14 @@ def token_contexts(config, model, tokenizer, held_out=False, skip=0, odd=None):
     odd, width = Counter() if odd is None else odd, config.context_size - len(bos or end)
 
     def is_held_out(document):
-        key = document.get("path") or document.get("text") or str(document.get("input_ids"))
+        key = document.get("stdlib") or document.get("text") or str(document.get("input_ids"))
         return crc32(key.encode("utf-8", "replace")) % 20 == 0
 
     def pack(documents, long=2**20):  # characters or tokens
         stream = np.int64([])
         while batch := list(islice(documents, 64)):
             column = "text" if tokenizer is not None and "text" in batch[0] else "input_ids"
-            check(column in batch[0], f"columns {[*batch[0]]}; expected text or input_ids")
+            check(column in batch[0], f"{[*batch[0]]}: no input_ids, and no text with a tokenizer")
             ids = [document[column] or "" for document in batch]
             for v in ids:
                 odd.update(empty=+(not v), long=+(len(v) > long), not_utf8=+("\ufffd" in v))
@@ -398,13 +399,13 @@ def token_contexts(config, model, tokenizer, held_out=False, skip=0, odd=None):
     try:
         documents, local = load_documents(config.dataset, config.split)
         whole = not local or len([*islice(groupby(documents, is_held_out), 2)]) < 2
-        documents = split_dataset_by_node(documents, RANK, WORLD)
+        documents = documents if local and whole else split_dataset_by_node(documents, RANK, WORLD)
         while True:
             odd.clear()
             contexts, n = pack(d for d in documents if whole or is_held_out(d) == held_out), 0
             if local and whole:
                 cut = -max(1, len(contexts := list(contexts)) // 20)
-                contexts = contexts[cut:] if held_out else contexts[:cut]
+                contexts = contexts[cut:] if held_out else contexts[RANK:cut:WORLD]
             for n, context in enumerate(contexts, 1):
                 if n > skip:
                     yield context
@@ -414,7 +415,7 @@ def token_contexts(config, model, tokenizer, held_out=False, skip=0, odd=None):
             skip = max(0, skip - n) % n  # all passes are alike
             tqdm.write(f"{config.dataset} begins again after {n:,} contexts", sys.stderr)
     except Exception as error:  # of any library that reads text
-        raise InputError(f"--dataset {config.dataset}: {error}") from error
+        raise InputError(f"--dataset {config.dataset}: {str(error) or repr(error)}") from error
 
 
 @torch.no_grad()
@@ -459,19 +460,19 @@ def measure(sae_x, sae_y, mlp, x):  # -> a row of metrics.jsonl, of 512 tokens
     x, y, row = x[:512], mlp(x[:512]), {}
     for s, sae, v in (("x", sae_x, x), ("y", sae_y, y)):
         row[f"mse_{s}"] = F.mse_loss(sae(v), v).item()
-        row[f"ev_{s}"] = 1 - row[f"mse_{s}"] / (v - v.mean(0)).square().mean().item()
+        row[f"ev_{s}"] = 1 - row[f"mse_{s}"] / (v.var(0, correction=0).mean().item() + 1e-30)
     J = active_jacobian(sae_x, sae_y, mlp, x, sae_x.encode(x), sae_y.encode(y)).abs()
     above = (J > 0.01).sum().item() / len(J)  # per token
     return row | {"jacobian_l1": J.mean().item(), "jacobian_above_0.01": above}
 
 
 def train(config: Config, graceful=False) -> Path:
-    """Train a pair, write and return the run's folder. Warm-up: lr 1 % of the steps, lambda 5 %; lr
-    falls to 0 over the last 20 %. InputError if a setting cannot be used, the text ends or a number
-    breaks; if graceful, KeyboardInterrupt(status, line) after a signal. Both leave a checkpoint."""
+    """Train a pair -> the run's folder. Warm-up: lr 1 % of the steps, lambda 5 %; lr falls to 0 over
+    the last 20 %. InputError if a setting, the text or a number breaks, KeyboardInterrupt(status,
+    line) after a signal if graceful; after the first step, both leave a checkpoint."""
     out, batch = Path(config.output_dir), config.batch_size
     steps, fine = config.tokens // batch, config.tokens >= batch and batch % WORLD == 0
-    check(fine, f"--tokens {config.tokens} is no batch of {batch} for {WORLD} processes")
+    check(fine, f"--tokens {config.tokens}, --batch-size {batch}: no batch for {WORLD} processes")
     model, tokenizer = load_language_model(config)
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest and longest < config.context_size:
@@ -494,13 +495,13 @@ def train(config: Config, graceful=False) -> Path:
     start = saved = time.time()
     batches = activation_batches(config, model, mlp, tokenizer, autocast, done, odd, stop)
     for number in (signal.SIGINT, signal.SIGTERM) if graceful else ():
-        signal.signal(number, lambda number, _: stop.append(128 + number))
+        signal.signal(number, lambda n, _: stop.append(128 + n) or signal.signal(n, signal.SIG_DFL))
     for step in (bar := tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=RANK)):
         try:
             x, why = next(batches, None), f"{config.dataset} ended, or another process stopped"
         except InputError as error:
             x, why = None, str(error)
-        code = torch.tensor(max([int(x is None), *stop]))
+        code = torch.tensor(max([int(x is None), *stop]))  # 0: go on, 1: no batch, 128 + a signal
         for t in (code, saes.seen_at) if WORLD > 1 else ():
             distributed.all_reduce(t, distributed.ReduceOp.MAX)
         if code or time.time() > saved + 60 * config.checkpoint_minutes:
@@ -508,11 +509,12 @@ def train(config: Config, graceful=False) -> Path:
             saved = time.time()
         if code:
             bar.close()
-            stopped = KeyboardInterrupt(int(code), f"stopped at step {step - 1}; --resume goes on")
-            raise stopped if code > 1 else InputError(f"step {step}: {why}")
+            line = f"stopped at step {step - 1}" if code > 1 else f"step {step}: {why}"
+            line += "; --resume goes on" * (step > 1)
+            raise KeyboardInterrupt(int(code), line) if code > 1 else InputError(line)
         if step == 1 and RANK == 0:  # not before it is known that the data can be read
             for path in [p for p in out.glob("*") if p.name != "config.json"]:  # an earlier run
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             write_file(out / "config.json", json.dumps(info, indent=2).encode())
             write_file(out / "metrics.jsonl", b"")
         lr = config.lr * min(1, step / (0.01 * steps), (steps - step + 1) / (0.2 * steps))
@@ -539,10 +541,9 @@ def train(config: Config, graceful=False) -> Path:
             bar.set_postfix(row)
             row["dead_x"], row["dead_y"] = (saes.seen_at <= max(0, tokens - 10**7)).sum(1).tolist()
             row |= {"step": step, "tokens": tokens, "lr": lr, "coef": coef, "seconds": seconds}
-            row |= {"grad_norm": norm.item(), "odd_documents": odd}
-            row["tokens_per_second"] = (step - done) * batch / seconds
+            row |= {"grad_norm": norm.item(), "tokens_per_second": (step - done) * batch / seconds}
             with open(out / "metrics.jsonl", "a") as log:
-                log.write(json.dumps(row) + "\n")
+                log.write(json.dumps(row | {"odd_documents": odd}) + "\n")
     if RANK == 0:
         names = {module: name for name, module in model.named_modules()}
         save_pair(out, pair, config, [names[site] for site in mlp.sites])
@@ -556,20 +557,20 @@ def open_run(config, mlp):
     info = {"config": dataclasses.asdict(config), "processes": WORLD}
     info["mlp_sha256"] = hashlib.sha256(safetensors.torch.save(mlp.state_dict())).hexdigest()
     info["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
-    with suppress(OSError, ValueError, TypeError):
-        saved = {**json.loads((out / "config.json").read_text())}
+    with suppress(OSError, ValueError, TypeError, LookupError):
+        saved = {**(found := json.loads((out / "config.json").read_text())), **found["config"]}
     ours, held = "mlp_sha256" in saved, [p for p in out.glob("*") if p.suffix != ".tmp"]
     check(ours or not config.resume, f"--resume: {out} holds no run (no config.json)")
     free = (ours and (config.resume or config.overwrite)) or not (held or out.is_file())
     check(free, f"--output-dir {out} is taken; --overwrite replaces a run, and only a run")
     ignored = ("config", "versions", "resume", "overwrite", "output_dir", "checkpoint_minutes")
     for name, value in (info | info["config"]).items() if config.resume else ():
-        before = (saved | saved["config"]).get(name)
+        before = saved.get(name)
         check(name in ignored or before == value, f"--resume: {name} was {before!r}, now {value!r}")
     return info
 
 
-def save_checkpoint(folder, saes, adam, step):  # and keep the newest two alone
+def save_checkpoint(folder, saes, adam, step):  # and keep only the newest two
     if RANK == 0 < step:
         tensors = saes.state_dict()
         for name, p in saes.named_parameters():
@@ -584,7 +585,7 @@ def save_checkpoint(folder, saes, adam, step):  # and keep the newest two alone
 
 def load_checkpoint(folder, saes, adam):
     """Load the newest whole checkpoint, cut metrics.jsonl back to it -> its step; 0 without one."""
-    for path in (paths := sorted(folder.glob("checkpoint/*.safetensors"), reverse=True)):
+    for path in (paths := sorted(folder.glob("checkpoint/[0-9]*-*.safetensors"), reverse=True)):
         (step, sha256), data = path.stem.split("-"), path.read_bytes()
         if hashlib.sha256(data).hexdigest() == sha256:
             tensors = safetensors.torch.load(data)
@@ -593,11 +594,11 @@ def load_checkpoint(folder, saes, adam):
                 adam.state[p] = {key: tensors.pop(f"{name}.{key}").to(p.device) for key in keys}
             saes.load_state_dict(tensors)
             rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-            rows = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= int(step)]
+            rows = [r for r in rows if r.endswith("}\n") and json.loads(r)["step"] <= int(step)]
             if RANK == 0:
                 write_file(folder / "metrics.jsonl", "".join(rows).encode())
             return int(step)
-        tqdm.write(f"{path} is damaged; the one before it is tried", sys.stderr)
+        tqdm.write(f"{path} is damaged and left out", sys.stderr)
     check(not paths, f"no whole checkpoint in {folder / 'checkpoint'}; --overwrite starts anew")
     return 0
 
@@ -654,7 +655,7 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(Config, prog="jsae.py", allow_abbrev=False)
     parser.print_usage = lambda file: None  # an error is one line
-    demo = not any(argument.split("=")[0] == "--model" for argument in argv)
+    demo = not any(a.split("=")[0] in ("--model", "--help", "-h") for a in argv)
     parser.set_defaults(**(DEMO if demo else {}))
     try:
         config = Config(**vars(parser.parse_args(argv)))
@@ -664,7 +665,7 @@ def main(argv=None) -> int:
         if RANK == 0:
             print("settings:", ", ".join(f"{name} {getattr(config, name)}" for name in DEMO))
         run_dir = train(config, graceful=True)
-    except (InputError, OSError, KeyboardInterrupt, SystemExit) as error:
+    except (InputError, OSError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit) as error:
         return status_of(error, "jsae.py")
     if RANK == 0:
         last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])

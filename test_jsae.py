@@ -445,10 +445,10 @@ def test_one_document_is_split_by_contexts(config, tmp_path):
 def test_stdlib_holds_out_by_path():
     documents, local = jsae.load_documents("stdlib", "train")
     documents = list(documents)
-    held = [d["path"] for d in documents if zlib.crc32(d["path"].encode()) % 20 == 0]
+    held = [d["stdlib"] for d in documents if zlib.crc32(d["stdlib"].encode()) % 20 == 0]
     assert local and 0.02 < len(held) / len(documents) < 0.08
-    assert not any("site-packages" in d["path"] for d in documents)
-    assert "textwrap.py" in [d["path"] for d in documents]
+    assert not any("site-packages" in d["stdlib"] for d in documents)
+    assert "textwrap.py" in [d["stdlib"] for d in documents]
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.zst", "parquet", "arrow", "input_ids"])
@@ -797,6 +797,47 @@ def test_checkpoints_come_after_their_minutes_and_two_are_kept(config, monkeypat
     assert [int(path.name[:9]) for path in sorted(kept)] == saved[-2:]
 
 
+def test_stopped_before_the_first_step_nothing_is_written(
+    config, monkeypatch, capsys, signals_kept
+):
+    real = jsae.mlp_inputs
+    stop = lambda *args: signal.raise_signal(signal.SIGTERM) or real(*args)  # in the first filling
+    with monkeypatch.context() as patch:
+        patch.setattr(jsae, "mlp_inputs", stop)
+        assert jsae.main(flags(changed(config, tokens=128 * 40, buffer_batches=40))) == 143
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "jsae.py: stopped at step 0"
+    assert not Path(config.output_dir).exists()
+
+
+def test_overwriting_leaves_what_a_link_points_to(config, tmp_path):
+    run, other = jsae.train(config), tmp_path / "other"
+    other.mkdir()
+    (other / "file").write_text("mine")
+    (run / "figures").symlink_to(other)
+    jsae.train(changed(config, overwrite=True, seed=1))
+    assert (other / "file").read_text() == "mine" and not (run / "figures").exists()
+
+
+def test_a_model_without_its_tokenizer_is_not_trained_on_nothing(config, model_dir, tmp_path):
+    folder = tmp_path / "model"
+    transformers.AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(folder)
+    with pytest.raises(InputError, match="no text with a tokenizer"):
+        jsae.train(changed(config, model=str(folder)))
+
+
+def test_processes_that_share_one_document_train_on_no_held_out_text(config, tmp_path, monkeypatch):
+    (tmp_path / "one.txt").write_text(" ".join(map(str, range(3000))))
+    config = changed(config, dataset=str(tmp_path / "one.txt"))
+    held_out, _ = contexts_of(config, held_out=True)
+    whole, _ = contexts_of(config, n=19 * len(held_out))
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(jsae, "RANK", rank)
+        monkeypatch.setattr(jsae, "WORLD", 2)
+        shares += contexts_of(config, n=len(whole) // 2)[0]
+    assert {*map(tuple, shares)} <= {*map(tuple, whole)} and len({*map(tuple, shares)}) > 1.9 * (len(whole) // 2)  # fmt: skip
+
+
 def broken_stream(n):
     def documents():
         for i in range(n):
@@ -946,7 +987,7 @@ def test_two_processes_train_stop_together_and_go_on(config, tmp_path):
 
 def test_a_batch_that_two_processes_cannot_divide_is_refused(config):
     status, _, error = torchrun(jsae.HERE / "jsae.py", *flags(config, batch_size=127))
-    assert status != 0 and "no batch of 127 for 2 processes" in error
+    assert status != 0 and "--batch-size 127: no batch for 2 processes" in error
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -1456,6 +1497,11 @@ def run_alone(folder, *args):
         command, cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def test_help_shows_the_papers_defaults(capsys):
+    assert jsae.main(["--help"]) == 0
+    assert "(default: 300000000)" in capsys.readouterr().out
 
 
 def test_as_a_program_copied_alone(config, tmp_path):

@@ -510,6 +510,31 @@ def test_batches_hold_each_mlp_input_once_and_no_first_token(config, keep):
     torch.testing.assert_close(x[order], expected[other], rtol=1e-4, atol=1e-5)
 
 
+def test_each_filling_has_an_order_of_its_own_and_no_more_contexts_than_it_needs(
+    config, monkeypatch
+):
+    contexts, _ = contexts_of(config, n=17)  # a filling: 4 batches of 128 from contexts of 31
+    monkeypatch.setattr(jsae, "token_contexts", lambda *a, **k: itertools.cycle(contexts))
+    seen, real = [], jsae.mlp_inputs
+    monkeypatch.setattr(jsae, "mlp_inputs", lambda *a: seen.append(len(a[2])) or real(*a))
+    model, tokenizer = jsae.load_language_model(config)
+    mlp, no_autocast = MLP.from_model(model, 0), partial(torch.autocast, "cpu", enabled=False)
+    nine = changed(config, tokens=128 * 9)
+    batches = [*jsae.activation_batches(nine, model, mlp, tokenizer, no_autocast)]
+    one, other = torch.cat(batches[:4]), torch.cat(batches[4:8])
+    assert torch.equal(one[:, 0].sort().values, other[:, 0].sort().values)
+    assert not torch.equal(one, other) and len(batches) == 9
+    assert sum(seen) == 17 + 17 + 5
+
+
+def test_nothing_is_lost_of_a_long_document(config, tmp_path):
+    (tmp_path / "long.txt").write_text("ab cd " * 200_000)  # 1.2M characters
+    one = changed(config, dataset=str(tmp_path / "long.txt"), context_size=64)
+    held_out, tokenizer = contexts_of(one, held_out=True)
+    n = len(tokenizer("ab cd " * 1000).input_ids) / 1000 * 200_000 / 63
+    assert len(held_out) == pytest.approx(n / 20, rel=0.01)
+
+
 def test_text_that_ends_gives_the_whole_batches_that_it_holds(config):
     batches, _ = batches_of(changed(config, tokens=128 * 99), 10)
     assert len(batches) == 10 * 31 // 128

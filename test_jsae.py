@@ -1,7 +1,7 @@
 """Tests of jsae.py and evaluate.py in the order of the paper: the Jacobian, the loss, real models, data, training,
 evaluation, command line.
 
-python -m pytest        (about a minute on two cores; no network)
+python -m pytest        (four minutes on two cores; no network)
 """
 
 import itertools

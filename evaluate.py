@@ -4,9 +4,10 @@
     python evaluate.py runs/A runs/B         side by side, with one report in the first one's folder
     python evaluate.py runs/* --reuse --plot jacobian_coef jacobian.hoyer       a sweep, drawn
 
-Every number is of held-out text: local data and stdlib hold out a part (jsae.token_contexts), runs
-on hub data are evaluated on C4's validation split, --dataset names another one. The first token of
-a context is left out unless the run kept it. Each function says how its numbers are defined."""
+Runs that differ in the seed only make one column, mean and standard deviation. All numbers are of
+held-out text: local data and stdlib hold out a part (jsae.token_contexts), runs on hub data are
+evaluated on C4's validation split, --dataset names another one. The first token of a context is
+left out unless the run kept it. Each function says how its numbers are defined."""
 
 import argparse
 import base64
@@ -17,7 +18,7 @@ import json
 import math
 import sys
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from itertools import islice
@@ -32,16 +33,17 @@ import transformers
 from tqdm import tqdm
 
 import jsae
-from jsae import InputError, Latents, active_jacobian
+from jsae import InputError, Latents, active_jacobian, check
 
 KINDS = ("linear", "jumprelu", "other")
 SCALES = ("raw", "l1", "l2", "linf")  # J as it is, or divided by a norm of each token's J
 BIN, BINS = 0.001, 1100  # histogram of |J|: 1100 bins and one for all that lies above
 WINDOW, WINDOWS, PICTURES = 16, 12, 4  # tokens of an example, examples of a latent, pictures of J
 GRID, LARGEST = 100, 5.0  # points of [0, max(5, s + 1)] at which a function of one latent is taken
+spread = lambda runs: (np.mean(runs, 0), np.std(runs, 0, ddof=int(len(runs) > 1)))  # of a sample
+details = lambda head, *parts: f"<details><summary>{head}</summary>{''.join(parts)}</details>"
 
 
-# ---- Text and activations ------------------------------------------------------------------------
 def held_out_contexts(config, options, model, tokenizer):
     """Yield token ids (contexts, T), --batch-size contexts at a time, --tokens evaluated tokens in
     all, rounded up to whole contexts. InputError if the held-out text has fewer."""
@@ -51,79 +53,68 @@ def held_out_contexts(config, options, model, tokenizer):
     while batch := list(islice(contexts, options.batch_size)):
         found += len(batch)
         yield torch.tensor(np.stack(batch), device=model.device)
-    if found < n:
-        raise InputError(f"--tokens {options.tokens}; {config.dataset} holds out {found * width}")
+    check(found == n, f"--tokens {options.tokens}; {config.dataset} holds out {found * width}")
 
 
-# ---- Reconstruction ------------------------------------------------------------------------------
 def reconstruction_sums(sae, v, latents):
     """Sums over tokens from which `reconstruction` computes its numbers. v (B, d_model)."""
     v_hat, v = sae.decode(latents).double(), v.double()
     sums = {"error": (v_hat - v).square().sum(), "squares": v.square().sum(), "total": v.sum(0)}
-    sums["cosine"] = torch.cosine_similarity(v_hat, v).sum()
-    fired = torch.bincount(latents.idx[latents.acts > 0], minlength=sae.n_latents)
-    return sums | {"fired": fired}
+    sums["cosine"], on = torch.cosine_similarity(v_hat, v).sum(), latents.acts > 0
+    values, i = latents.acts[on].double(), latents.idx[on]
+    for name, power in (("fired", 0), ("first", 1), ("second", 2)):  # moments of each latent
+        sums[name] = torch.bincount(i, values**power, minlength=sae.n_latents)
+    return sums
 
 
-def reconstruction(sums, tokens):
+def reconstruction(sums, tokens, sae):
     """mse: mean over all elements. fvu: squared error / squares about the mean, over all elements;
     explained_variance = 1 - fvu. cosine: mean over tokens. dead: latents without a positive value.
     rare: latents below one token in 10^6, null if fewer were evaluated. density: how many latents
-    have a positive value on 10^-6 to 10^-5.5, ... of the tokens (lower ends in density_log10)."""
+    have a positive value on 10^-6 to 10^-5.5, ... of the tokens (lower ends in density_log10).
+    active: positive values per token; means over these: variation, standard deviation / mean of the
+    latent's positive values, W_enc_norm, the norm of its row of W_enc, and its b_enc."""
     variance = sums["squares"] - sums["total"].square().sum() / tokens
     fvu = (sums["error"] / variance).item()
-    share = sums["fired"].double() / tokens
+    fired, share = sums["fired"], sums["fired"] / tokens
     edges = np.arange(-6, 0.5, 0.5)
     density = np.histogram(share[share > 0].log10().cpu().clamp(min=-6), edges)[0]
     result = {"mse": (sums["error"] / (tokens * len(sums["total"]))).item(), "fvu": fvu}
     result |= {"explained_variance": 1 - fvu, "cosine": (sums["cosine"] / tokens).item()}
     rare = int((share < 1e-6).sum()) if tokens >= 10**6 else None
-    result |= {"dead": int((share == 0).sum()), "rare": rare}
+    result |= {"dead": int((share == 0).sum()), "rare": rare, "active": share.sum().item()}
+    mean, square = (sums[moment] / fired.clamp(min=1) for moment in ("first", "second"))
+    std, some = (square - mean.square()).clamp(min=0).sqrt(), fired.sum().clamp(min=1)
+    of = {"variation": std / (mean + 1e-9), "W_enc_norm": sae.W_enc.norm(dim=1), "b_enc": sae.b_enc}
+    result |= {name: ((fired * values).sum() / some).item() for name, values in of.items()}
     return result | {"density": density.tolist(), "density_log10": edges[:-1].tolist()}
 
 
-# ---- Model performance ---------------------------------------------------------------------------
-def log_probabilities(model, mlp, ids, skip, site=None, replace=None):
+def log_probabilities(model, mlp, ids, skip, y=None):
     """-> (contexts, predictions, vocabulary): the model's predictions of the next token but for the
-    first `skip` ones. At all tokens from `skip` on, `replace` maps x to a new x (site "x"), or x and
-    y to a new y (site "y")."""
-    seen = []
+    first `skip` ones. y (tokens, d_model) takes the place of the MLP's outputs from `skip` on."""
 
-    def replaced(old, new):
-        old = old.reshape(*ids.shape, -1)
-        return torch.cat([old[:, :skip], new.view_as(old)[:, skip:].to(old.dtype)], 1)
+    def replaced(_, args, output):
+        old = output.reshape(*ids.shape, -1)
+        new = old[:, skip:] if y is None else y.view_as(old[:, skip:])
+        return torch.cat([old[:, :skip], new], 1).view_as(output)
 
-    def before(_, args):
-        seen.append(args[0])
-        new = replaced(args[0], replace(args[0])) if site == "x" else args[0]
-        return (new.view_as(args[0]), *args[1:])
-
-    def after(_, args, output):
-        return replaced(output, replace(seen[-1], output)).view_as(output)
-
-    *readers, writer = mlp.sites
-    with ExitStack() as hooks:
-        for reader in readers if site else ():
-            hooks.enter_context(reader.register_forward_pre_hook(before))
-        if site == "y":
-            hooks.enter_context(writer.register_forward_hook(after))
+    with mlp.sites[-1].register_forward_hook(replaced):
         logits = model(input_ids=ids, use_cache=False).logits
     return logits[:, skip:-1].log_softmax(-1)
 
 
-def performance_sums(model, mlp, sae_x, sae_y, ids, skip):
-    """Summed cross-entropy (nats) of the model as it is and with a site replaced, and summed
-    KL(clean || replaced). Sites: x by x_hat; y by y_hat; both: the whole path x -> s_x -> f_s ->
-    s_y -> y_hat in y's place. Ablated: x or y is set to zero."""
-    x_sites = {"x": sae_x, "x_ablated": torch.zeros_like}
-    y_sites = {"y": lambda x, y: sae_y(y), "both": lambda x, y: sae_y(mlp(sae_x(x)))}
-    y_sites["y_ablated"] = lambda x, y: torch.zeros_like(y)
+def performance_sums(model, mlp, sae_x, sae_y, ids, x, skip):
+    """Summed cross-entropy (nats) of the model as it is and with a site replaced at the tokens of x
+    (tokens, d_model), and summed KL(clean || replaced). Sites: x by x_hat; y by y_hat; both: the
+    whole path x -> s_x -> f_s -> s_y -> y_hat in y's place. Ablated: x or y is set to zero."""
+    y, after = mlp(x), {"x": mlp(sae_x(x)), "x_ablated": mlp(torch.zeros_like(x))}  # what f then is
+    after |= {"y": sae_y(y), "both": sae_y(after["x"]), "y_ablated": torch.zeros_like(y)}
     target = ids[:, skip + 1 :].unsqueeze(-1)
     clean = log_probabilities(model, mlp, ids, skip)
     sums = {"clean": -clean.gather(-1, target).double().sum()}
-    for name, replace in (x_sites | y_sites).items():
-        site = "x" if name in x_sites else "y"
-        logp = log_probabilities(model, mlp, ids, skip, site, replace)
+    for name, new in after.items():
+        logp = log_probabilities(model, mlp, ids, skip, new)
         sums[name] = -logp.gather(-1, target).double().sum()
         if "ablated" not in name:
             sums[f"kl_{name}"] = (clean.exp() * (clean - logp)).double().sum()
@@ -143,7 +134,6 @@ def performance(sums):
     return result
 
 
-# ---- Jacobian ------------------------------------------------------------------------------------
 def jacobian_sums(J, thresholds):
     """Sums over tokens of the measures that `jacobian` explains. J (B, k, k)."""
     A = J.abs().flatten(1).double()  # (B, N)
@@ -167,11 +157,10 @@ def jacobian_sums(J, thresholds):
 
 def jacobian(sums, tokens, thresholds, elements):
     """Means per token, N = k^2 elements. count_above, share_above: elements with |J| above each
-    threshold, raw and with each token's J divided by its L1, L2 or Linf norm. norms: of J as a
-    vector. mass: how many of the largest elements hold 50, 90, 99 % of the sum of |J|. hoyer:
-    (sqrt N - L1/L2) / (sqrt N - 1), 0 if all elements are equal, 1 if one is not 0. participation:
-    (sum J^2)^2 / sum J^4, about the number of elements that matter. histogram: elements in bins of
-    0.001, the last one holds all from 1.1 on; sums over all tokens."""
+    threshold, raw and with each token's J divided by its L1, L2 or Linf norm. norms: of J's elements.
+    mass: how many of the largest hold 50, 90, 99 % of sum |J|. hoyer: (sqrt N - L1/L2) / (sqrt N - 1),
+    0 if all are equal, 1 if one is not 0. participation: (sum J^2)^2 / sum J^4, about how many matter.
+    histogram: sums over all tokens in bins of 0.001, the last one holds all from 1.1 on."""
     mean = {name: (value / tokens).tolist() for name, value in sums.items()}
     above = {scale: mean[f"above_{scale}"] for scale in SCALES}
     result = {"thresholds": thresholds, "elements": elements, "count_above": above}
@@ -231,7 +220,6 @@ class GlobalJacobian:
         return {"rows": self.size, "share_above": shares}, latents
 
 
-# ---- Linearity (section 5.4, appendix B) ---------------------------------------------------------
 def classify(t, v, relative=False):
     """Each function (S, T) of t is 0 linear, 1 JumpReLU or 2 other. Linear: no residual of its
     least-squares line reaches 0.01. JumpReLU: exactly 0 on one stretch that touches an end, linear
@@ -312,7 +300,6 @@ def second_differences(sae_x, sae_y, mlp, samples, options):
     return result
 
 
-# ---- What a latent responds to -------------------------------------------------------------------
 def examples(saes, mlp, model, tokenizer, wanted, batches, skip):
     """-> {side: {latent: [{tokens, acts, max}, ...]}} for the latents `wanted` {side: latents}: the
     12 windows of 16 tokens (contexts cut into pieces) in which the latent is largest."""
@@ -337,19 +324,16 @@ def examples(saes, mlp, model, tokenizer, wanted, batches, skip):
     return found
 
 
-# ---- One run -------------------------------------------------------------------------------------
 def open_run(run, options):
     """-> (sae_x, sae_y, model, tokenizer, mlp, the run's config, the same with the held-out text).
     InputError if it is no finished run, its model is gone or has another MLP than at training."""
     sae_x, sae_y, config = jsae.load_run(run)
     folder = Path(run) if Path(run).is_dir() else Path(huggingface_hub.snapshot_download(run))
     info = json.loads((folder / "config.json").read_text())
-    here = dataclasses.replace(config, device=options.device)
-    model, tokenizer = jsae.load_language_model(here)
+    model, tokenizer = jsae.load_language_model(dataclasses.replace(config, device=options.device))
     mlp = jsae.MLP.from_model(model, config.layer)
     weights = hashlib.sha256(safetensors.torch.save(mlp.state_dict())).hexdigest()
-    if weights != info["mlp_sha256"]:
-        raise InputError(f"{run}: {config.model} has changed since the run was trained on its MLP")
+    check(weights == info["mlp_sha256"], f"{run}: {config.model} has changed since training")
     path, dtype = Path(config.dataset), getattr(torch, options.dtype)
     local = path.suffix in jsae.KINDS or path.exists() or config.dataset == "stdlib"
     own = (config.dataset, config.split) if local else ("allenai/c4:en", "validation")
@@ -391,8 +375,8 @@ def evaluate(run, options):
     with streaming sums, and a second one for the text of the examples."""
     sae_x, sae_y, model, tokenizer, mlp, config, text = open_run(run, options)
     skip, k, n = 0 if config.keep_first_token else 1, config.k, sae_x.n_latents
-    if any(not 0 <= latent < n for latent in options.latents):
-        raise InputError(f"--latents {options.latents}; {run} has output latents 0 to {n - 1}")
+    fine = all(0 <= latent < n for latent in options.latents)
+    check(fine, f"--latents {options.latents}; {run} has output latents 0 to {n - 1}")
     width = config.context_size - skip
     batches = partial(held_out_contexts, text, options, model, tokenizer)
     tokens = math.ceil(options.tokens / width) * width
@@ -405,7 +389,7 @@ def evaluate(run, options):
         latents = {"x": sae_x.encode(x), "y": sae_y.encode(mlp(x))}
         for side, v in (("x", x), ("y", mlp(x))):
             sums[side].update(reconstruction_sums(saes[side], v, latents[side]))
-        sums["ce"].update(performance_sums(model, mlp, sae_x, sae_y, ids, skip))
+        sums["ce"].update(performance_sums(model, mlp, sae_x, sae_y, ids, x, skip))
         for part in torch.arange(len(x), device=x.device).split(chunk):
             s_x, s_y = (Latents(s.acts[part], s.idx[part]) for s in latents.values())
             J = active_jacobian(sae_x, sae_y, mlp, x[part], s_x, s_y)
@@ -413,30 +397,31 @@ def evaluate(run, options):
             table.add(J, s_y, s_x)
             draws.add(done + int(part[0]), J, x[part], s_x, s_y)
         done += len(x)
-    result = {"run": str(run), "config": dataclasses.asdict(config), "n_latents": n}
-    result["reconstruction"] = {side: reconstruction(sums[side], tokens) for side in saes}
+    result = {"config": dataclasses.asdict(config), "n_latents": n}
+    result["reconstruction"] = {s: reconstruction(sums[s], tokens, saes[s]) for s in saes}
     result["ce"] = performance(sums["ce"])
     result["jacobian"] = jacobian(sums["J"], tokens, options.thresholds, k * k)
     result["jacobian_pictures"] = [draws.pictures[token] for token in sorted(draws.pictures)]
     pairs = {name: torch.cat([pair[name] for pair in draws.pairs]) for name in draws.pairs[0]}
     order = torch.randperm(len(pairs["s"]), generator=draws.generator).to(model.device)
     pairs = {name: value[order] for name, value in pairs.items()}
-    if not len(order):
-        raise InputError(f"{run} has no active latents on {tokens} tokens; expected a trained pair")
+    check(len(order), f"{run} has no active latents on {tokens} tokens; expected a trained pair")
     result["linearity"] = linearity(sae_x, sae_y, mlp, pairs, options)
     result["global"], result["latents"] = table.result(k, options)
     wanted = {"y": [latent["latent"] for latent in result["latents"]]}
     wanted["x"] = sorted({e["latent"] for latent in result["latents"] for e in latent["inputs"]})
     result["examples"] = examples(saes, mlp, model, tokenizer, wanted, batches(), skip)
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    kept = {"text": text.dataset, "tokens": tokens, "seed": options.seed, "versions": versions}
-    return result | kept
+    result |= {"text": text.dataset, "tokens": tokens, "seed": options.seed}
+    return result | {"versions": {m.__name__: m.__version__ for m in (torch, transformers, np)}}
 
 
-# ---- Table and figures ---------------------------------------------------------------------------
 TABLE = (  # what: its parts, path in evaluation.json, what {} in it stands for
     ("explained variance: x / y", "reconstruction.{}.explained_variance", "x y"),
     ("dead latents: x / y", "reconstruction.{}.dead", "x y"),
+    ("active latents per token: x / y", "reconstruction.{}.active", "x y"),
+    ("variation of active values: x / y", "reconstruction.{}.variation", "x y"),
+    ("norm of active W_enc rows: x / y", "reconstruction.{}.W_enc_norm", "x y"),
+    ("b_enc of active latents: x / y", "reconstruction.{}.b_enc", "x y"),
     ("CE loss score: x / y / whole path", "ce.{}.score", "x y both"),
     ("KL in nats: x / y / whole path", "ce.{}.kl", "x y both"),
     ("functions: linear / JumpReLU / other", "linearity.{}", "linear jumprelu other"),
@@ -462,31 +447,45 @@ def lookup(result, path):
     return value
 
 
-def measures(results):
-    """Yield what is in a line of TABLE, its parts' names, and its numbers: a list for each run."""
-    thresholds = results[0]["jacobian"]["thresholds"]
+def merged(results):
+    """-> groups of results, those together whose runs differ in the seed and the folder only."""
+    groups, aside = {}, ("seed", "output_dir", "overwrite", "resume", "checkpoint_minutes")
+    for r in results:
+        settings = str({name: value for name, value in r["config"].items() if name not in aside})
+        groups.setdefault(settings, []).append(r)
+    return [*groups.values()]
+
+
+def measures(groups):
+    """Yield what is in a line of TABLE, its parts' names, and for each group of runs the mean and
+    the standard deviation (of a sample: n - 1) of each part."""
+    thresholds = groups[0][0]["jacobian"]["thresholds"]
     for label, path, parts in TABLE:
         title, _, names = label.partition(": ")
         names, parts = names.split(" / "), parts.split()
         if parts == ["thresholds"]:
             names, parts = [f"{t:g}" for t in thresholds], range(len(thresholds))
-        yield title, names, [[lookup(r, path.format(part)) for part in parts] for r in results]
+        found = [[[lookup(r, path.format(part)) for part in parts] for r in g] for g in groups]
+        yield title, names, [spread(numbers) for numbers in found]
 
 
-def table_rows(names, results):
-    """-> rows of strings: the runs' names, then a row for each line of TABLE."""
+def table_rows(names, groups):
+    """-> rows of strings: the names, then a row for each line of TABLE."""
     rows = [["", *names]]
-    for title, parts, columns in measures(results):
-        cells = [" / ".join(f"{number:.4g}" for number in column) for column in columns]
-        rows.append([f"{title}: {' / '.join(parts)}", *cells])
+    for title, parts, columns in measures(groups):
+        rows.append([f"{title}: {' / '.join(parts)}"])
+        for group, column in zip(groups, columns):
+            cell = "{:.4g} ± {:.1g}" if len(group) > 1 else "{:.4g}"
+            rows[-1].append(" / ".join(cell.format(*numbers) for numbers in zip(*column)))
     return rows
 
 
-def draw_overview(names, results, axes):
-    width = 0.8 / len(results)
-    for ax, (title, parts, columns) in zip(axes.flat, measures(results)):
-        for n, (name, heights) in enumerate(zip(names, columns)):
-            ax.bar(np.arange(len(parts)) + (n + 0.5) * width - 0.4, heights, width, label=name)
+def draw_overview(names, groups, axes):
+    width = 0.8 / len(groups)
+    for ax, (title, parts, columns) in zip(axes.flat, measures(groups)):
+        for n, (name, (mean, std)) in enumerate(zip(names, columns)):
+            at = np.arange(len(parts)) + (n + 0.5) * width - 0.4
+            ax.bar(at, mean, width, yerr=std, label=name)
         ax.set_xticks(range(len(parts)), parts)
         ax.set_title(title)
     return "the table as bars (figures 2, 7, 8, 33, 35, 38)"
@@ -528,34 +527,44 @@ def draw_jacobians(names, results, axes):
     return f"|J| of tokens, rows and columns shuffled, 0 to {top:.3g} (figures 30, 31)"
 
 
-def draw_plot(x, y, names, results, axes):
-    points = [(lookup(r, x), lookup(r, y)) for r in results]
-    if not all(isinstance(value, (int, float)) for point in points for value in point):
-        raise InputError(f"--plot {x} {y}: expected what is a number in every run")
-    axes[0, 0].plot(*zip(*sorted(points)), "o-", markersize=4)
-    for name, point in zip(names, points):
-        axes[0, 0].annotate(name, point, fontsize=6)
-    axes[0, 0].set(xlabel=x, ylabel=y)
-    return f"{y} against {x}"
+def draw_plots(options, names, groups, axes):
+    for ax, (x, y) in zip(axes.flat, options.plot):
+        series = {}
+        for group in groups:
+            points = [(lookup(r, x), lookup(r, y)) for r in group]
+            fine = all(isinstance(value, (int, float)) for point in points for value in point)
+            check(fine, f"--plot {x} {y}: expected what is a number in every run")
+            point = (lookup(group[0], "jacobian_coef"), *np.concatenate(spread(points)))
+            series.setdefault(lookup(group[0], options.series), []).append(point)
+        for name, points in series.items():
+            _, *means, dx, dy = zip(*sorted(points))
+            ax.errorbar(*means, dy, dx, "o-", markersize=4, label=name)
+            for coef, *at in sorted(points):
+                ax.annotate(f"{coef:g}", at[:2], fontsize=7)
+        ax.set(xlabel=x, ylabel=y)
+    return f"runs by {options.series}; the numbers in the figure are their jacobian_coef"
 
 
-def draw(names, results, plots, folder):
-    """Write the figures -> [(file name, caption), ...], none if matplotlib is not installed."""
+def draw(names, groups, options, folder):
+    """Write the figures -> [(file name, caption), ...], none if matplotlib is not installed. Where
+    each run has a row or line of its own, a group of runs is shown by its first."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         return []
     plt.switch_backend("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    done, jobs = [], {"overview": (draw_overview, 5, 3), "histogram": (draw_histogram, 1, 2)}
-    jobs |= {"functions": (draw_functions, len(results), 5)}
+    results, plots, done = [group[0] for group in groups], len(options.plot or ()), []
     pictures = max(len(r["jacobian_pictures"]) for r in results)
-    jobs |= {"jacobians": (draw_jacobians, len(results), pictures)}
-    jobs |= {f"plot-{n}": (partial(draw_plot, *xy), 1, 1) for n, xy in enumerate(plots)}
-    for name, (paint, rows, columns) in jobs.items():
+    jobs = {"overview": (draw_overview, groups, -(-len(TABLE) // 3), 3)}
+    jobs["histogram"] = draw_histogram, results, 1, 2
+    jobs["functions"] = draw_functions, results, len(results), 5
+    jobs["jacobians"] = draw_jacobians, results, len(results), pictures
+    jobs |= {"plots": (partial(draw_plots, options), groups, -(-plots // 2), 2)} if plots else {}
+    for name, (paint, what, rows, columns) in jobs.items():
         size = min(14, 2 + 4 * columns), 1 + 2.7 * rows
         figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="tight")
-        caption = paint(names, results, axes)
+        caption = paint(names, what, axes)
         for ax in figure.axes:
             ax.set_visible(ax.has_data())
             ax.tick_params(labelsize=7)
@@ -567,7 +576,6 @@ def draw(names, results, plots, folder):
     return done
 
 
-# ---- Report --------------------------------------------------------------------------------------
 STYLE = """:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;
 margin:auto;padding:1rem}table{border-collapse:collapse;display:block;overflow-x:auto}td{padding:
 .1rem .5rem;border:1px solid #8886}img{max-width:100%;background:#fff;border-radius:4px}details{
@@ -584,10 +592,6 @@ def snippets(examples):
         spans = (f"{shade}{text}</span>" for shade, text in zip(shades, texts))
         lines.append(f"<pre>{example['max']:.2f}  {''.join(spans)}</pre>")
     return "".join(lines)
-
-
-def details(head, *parts):
-    return f"<details><summary>{head}</summary>{''.join(parts)}</details>"
 
 
 def latents_of(result):
@@ -619,7 +623,6 @@ def report(results, rows, drawn, folder):
     return "\n".join([*page, "</html>"])
 
 
-# ---- Command line --------------------------------------------------------------------------------
 FLAGS = {  # default and help
     "tokens": (50_000, "held-out tokens (the paper: 10M)"),
     "linear-samples": (4000, "random pairs of active latents for linearity (the paper: 1M)"),
@@ -631,6 +634,7 @@ FLAGS = {  # default and help
     "seed": (0, "of all that is drawn at random"),
     "device": ("auto", "auto, cpu, cuda, ..."),
     "output-dir": ("", "of report and figures; default: the first run's folder"),
+    "series": ("jacobian_penalty", "with --plot, a line for each value of this setting"),
 }
 
 
@@ -647,8 +651,8 @@ def parse(argv):
     parser.add_argument("--latents", type=int, nargs="+", default=[], help="output latents to show")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--reuse", action="store_true", help="take evaluation.json as it is")
-    axes = "draw Y against X over the runs: settings, or paths in evaluation.json"
-    parser.add_argument("--plot", nargs=2, action="append", metavar=("X", "Y"), help=axes)
+    xy = "draw Y against X over the runs: settings, or paths in evaluation.json"
+    parser.add_argument("--plot", nargs=2, action="append", default=[], metavar=("X", "Y"), help=xy)
     options = parser.parse_args(argv)
     options.thresholds.sort()
     for name, value in vars(options).items():
@@ -666,7 +670,7 @@ def evaluation_of(run, options):
     with suppress(ValueError):
         result = json.loads(saved.read_text())
         if isinstance(result, dict) and "versions" in result:  # the last key
-            return result, folder
+            return result | {"run": run}, folder
     raise InputError(f"{saved} is no whole evaluation; leave out --reuse")
 
 
@@ -675,15 +679,16 @@ def main(argv=None) -> int:
     try:
         options = parse(argv)
         results, folders = zip(*(evaluation_of(run, options) for run in options.runs))
-        folder, names = Path(options.output_dir or folders[0]), [Path(r).name for r in options.runs]
-        rows = table_rows(names if len(set(names)) == len(names) else options.runs, results)
+        folder, groups = Path(options.output_dir or folders[0]), merged(results)
+        names = [Path(g[0]["run"]).name + f", {len(g)} runs" * (len(g) > 1) for g in groups]
+        names = names if len({*names}) == len(names) else [g[0]["run"] for g in groups]
+        rows = table_rows(names, groups)
         for row in (rows[0], ["--"] * len(rows[0]), *rows[1:]):
             print("|", " | ".join(cell.replace("|", "\\|") for cell in row), "|")
-        drawn = draw(rows[0][1:], results, options.plot or (), folder / "figures")
-        page = report(results, rows, drawn, folder / "figures")
+        drawn = draw(rows[0][1:], groups, options, folder / "figures")
+        page = report([group[0] for group in groups], rows, drawn, folder / "figures")
         jsae.write_file(folder / "report.html", page.encode())
-        if not drawn:
-            raise InputError("the figures need matplotlib: pip install matplotlib")
+        check(drawn, "the figures need matplotlib: pip install matplotlib")
         print(f"\nfigures and report: {folder / 'report.html'}")
     except (InputError, OSError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit) as error:
         return jsae.status_of(error, "evaluate.py")

@@ -28,6 +28,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import groupby, islice, permutations, product, repeat
 from pathlib import Path
+from typing import Literal, get_args
 from zlib import crc32
 
 import datasets
@@ -36,11 +37,9 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from datasets import Dataset, load_dataset
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub import snapshot_download
-from torch import distributed, nn
-from torch.autograd.functional import vjp
+from torch import autograd, distributed, nn
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
@@ -75,37 +74,35 @@ class Config:
     k: int = HfArg(default=32, help="active latents per token, in both SAEs")
     expansion_factor: int = HfArg(default=32, help="R: latents of an SAE per dimension of x")
     jacobian_coef: float = HfArg(default=1.0, help="lambda; 0 trains traditional SAEs")
+    jacobian_penalty: Literal["l1", "l1_over_l2"] = HfArg(default="l1", help="see jsae_loss")
     jacobian_fraction: float = HfArg(default=1.0, help="share of tokens in the Jacobian term")
     lr: float = HfArg(default=5e-4, help="Adam's learning rate")
     batch_size: int = HfArg(default=4096, help="tokens per training step")
     context_size: int = HfArg(default=2048, help="tokens per context, at most the model's")
     buffer_batches: int = HfArg(default=32, help="batches of activations shuffled together")
     keep_first_token: bool = HfArg(default=False, help="do not leave out contexts' first token")
-    randomize_weights: str = HfArg(default="none", help="random control: none, init or shuffle")
+    randomize_weights: Literal["none", "init", "shuffle"] = HfArg(default="none", help="control")
     seed: int = HfArg(default=0, help="of the SAEs, the shuffling and the random control")
     device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    dtype: str = HfArg(default="auto", help="large products; auto: bfloat16 on CUDA, else float32")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="large products")
     output_dir: str = HfArg(default="", help="the run's folder; default: in runs/, by settings")
     overwrite: bool = HfArg(default=False, help="replace the run in the folder, and all in it")
     resume: bool = HfArg(default=False, help="go on with the run that the folder holds")
     checkpoint_minutes: float = HfArg(default=10.0, help="time from one checkpoint to the next")
 
     def __post_init__(self):
-        least = dict.fromkeys(("layer", "seed", "jacobian_coef", "checkpoint_minutes"), 0)
-        least |= {"context_size": 2, "jacobian_fraction": 1e-9, "lr": 1e-9}
-        words = {"dtype": ("auto", "float32", "bfloat16")}
-        words["randomize_weights"] = ("none", "init", "shuffle")
+        least = {"layer": 0, "seed": 0, "context_size": 2, "lr": 1e-9, "jacobian_fraction": 1e-9}
         for name, kind in Config.__annotations__.items():
-            value, low, number = getattr(self, name), least.get(name, 1), kind in (int, float)
+            value, words, low = getattr(self, name), get_args(kind), least.get(name, kind is int)
             high = {"jacobian_fraction": 1, "seed": 2**31}.get(name, 1e15)
-            fine = low <= value <= high if number else value in words.get(name, (value,))
-            expected = words.get(name, f"{kind.__name__} from {low:g} to {high:g}")
+            fine = low <= value <= high if kind in (int, float) else not words or value in words
+            expected = words or f"{kind.__name__} from {low:g} to {high:g}"
             check(fine, f"--{name.replace('_', '-')} is {value!r}; expected {expected}")
         if not self.output_dir:  # named after the settings that studies vary
-            name = f"{Path(self.model).name}-L{self.layer}-R{self.expansion_factor}-k{self.k}"
-            end = f"lambda{self.jacobian_coef:g}-{self.randomize_weights}-seed{self.seed}"
-            name = f"runs/{name}-{end.replace('-none', '')}"
-            object.__setattr__(self, "output_dir", name)  # the class is frozen
+            sizes = f"L{self.layer}-R{self.expansion_factor}-k{self.k}-lambda{self.jacobian_coef:g}"
+            parts = Path(self.model).name, sizes, self.jacobian_penalty, self.randomize_weights
+            name = "-".join(p for p in (*parts, f"seed{self.seed}") if p not in ("l1", "none"))
+            object.__setattr__(self, "output_dir", f"runs/{name}")  # the class is frozen
 
 
 class TopKSAE(nn.Module):
@@ -247,7 +244,7 @@ def active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y):
     return left @ right.mT * (s_y.acts > 0).unsqueeze(-1) * (s_x.acts > 0).unsqueeze(-2)
 
 
-class Products(torch.autograd.Function):
+class Products(autograd.Function):
     """z[b, i] = x[b] . W[idx[b, i]] is the derivative in w of x . weighted_rows, the sum of w[b, i]
     W[idx[b, i]]. W gets from z the gradient of weighted_rows with z's gradient as weights."""
 
@@ -255,22 +252,22 @@ class Products(torch.autograd.Function):
     def forward(ctx, x, W, idx):
         ctx.save_for_backward(x, W, idx)
         w = torch.zeros_like(idx, dtype=W.dtype)
-        return vjp(lambda w: weighted_rows(w, W, idx), w, x)[1]
+        return autograd.functional.vjp(lambda w: weighted_rows(w, W, idx), w, x)[1]
 
     @staticmethod
     def backward(ctx, grad):
         x, W, idx = ctx.saved_tensors
-        return None, vjp(lambda W: weighted_rows(grad, W, idx), W, x)[1], None
+        return None, autograd.functional.vjp(lambda W: weighted_rows(grad, W, idx), W, x)[1], None
 
 
-class JacobianL1(torch.autograd.Function):
-    """Sum of |J| and its exact gradients, in one pass over chunks of tokens, so that nothing of size
-    B x n_latents or B x k x d_mlp is there. With left = W_enc_y W_out and right = W_dec_x W^T, J is
-    a d^T: a = left[K_2], d = sum of c * right[K_1] (Eq. 16, 29). S, its signs, is the gradient in J:
-    left[K_2] gets S d, right[K_1] c * (S^T a). Tables may be bfloat16, sums have the mask's dtype."""
+class JacobianPenalty(autograd.Function):
+    """Sum of |J|, or of |J| / its token's rms J, and its exact gradients: one pass over chunks, so that
+    nothing of size B x n_latents or B x k x d_mlp is there. J = a d^T, where left = W_enc_y W_out, a =
+    left[K_2], right = W_dec_x W^T, d = sum of c * right[K_1] (Eq. 16, 29). S, the gradient in J, gives
+    left[K_2] S d and right[K_1] c * (S^T a). Tables may be bfloat16, sums have the mask's dtype."""
 
     @staticmethod
-    def forward(ctx, mask, i_y, i_x, cs, left, *rights):
+    def forward(ctx, penalty, mask, i_y, i_x, cs, left, *rights):
         k, d_mlp, dtype, total = i_y.shape[1], left.shape[1], mask.dtype, mask.new_zeros(())
         grads = [torch.zeros_like(table, dtype=dtype) for table in (left, *rights)]
         size = max(1, CHUNK.get(left.device.type, 2**29) // (k * d_mlp * dtype.itemsize))
@@ -280,8 +277,12 @@ class JacobianL1(torch.autograd.Function):
             d, *gated = (right.index_select(0, j).view(-1, k, d_mlp) for right in rights)
             d = sum((f.to(d.dtype) * r for f, r in zip(c[1:], gated)), d.mul_(c[0].to(d.dtype)))
             J = a @ d.mT * m  # (chunk, k, k)
-            total, S = total + J.abs().sum(), J.sign()
-            back = S.mT @ a.to(dtype)
+            S, absolute = J.sign(), J.abs()
+            if penalty == "l1_over_l2":
+                l, r = absolute.mean((1, 2), True), J.square().mean((1, 2), True).sqrt()
+                r += r == 0  # where no pair is active the penalty is 0
+                S, absolute = (S - l / r**2 * J) / r, absolute / r
+            total, back = total + absolute.sum(), S.mT @ a.to(dtype)
             grads[0].index_add_(0, i, (S @ d.to(dtype)).flatten(0, 1))
             for grad, factor in zip(grads[1:], c):
                 grad.index_add_(0, j, (factor * back).flatten(0, 1))
@@ -290,14 +291,15 @@ class JacobianL1(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return None, None, None, None, *(grad.to(g.dtype) * g for g in ctx.saved_tensors)
+        return *(None,) * 5, *(grad.to(g.dtype) * g for g in ctx.saved_tensors)
 
 
-def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
+def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0, jacobian_penalty="l1"):
     """Eq. 5 in the stable setup of D.1: y = f(x), phi' at the true x, s_y = e_y(y). x (B, d_model).
     -> (loss, parts). parts, detached: mse_x, mse_y (means over all elements), Latents s_x, s_y, and
-    jacobian_l1: mean |J| over k x k and a random share jacobian_fraction of the tokens, without the
-    coefficient (absent at 0). Under torch.autocast its dtype serves the large products only."""
+    the penalty, without coefficient (absent at 0) and over a random share of the tokens: jacobian_l1,
+    mean |J| over k x k, or jacobian_l1_over_l2, mean |J| / rms J of each token, the same for any scale
+    of J: from 1/k (one element) to 1 (all equal). torch.autocast rules the large products only."""
     x, loss, parts, device = x.detach().to(sae_x.W_enc.dtype), 0.0, {}, x.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     n = max(1, round(jacobian_fraction * len(x))) if jacobian_coef else 0
@@ -320,8 +322,9 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0):
             rows = sae_x.W_dec.index_select(0, rows_x).to(low)  # (latents in use, d_model)
             rights = [rows @ W.T.to(low) for _, W in derivative]  # (latents in use, d_mlp)
             cs = [c.unsqueeze(1).to(x.dtype) for c, _ in derivative]  # (n, 1, d_mlp)
-            mean = JacobianL1.apply(mask.to(x.dtype), i_y, i_x, cs, left, *rights) / mask.numel()
-            loss, parts["jacobian_l1"] = loss + jacobian_coef * mean, mean.detach()
+            args = jacobian_penalty, mask.to(x.dtype), i_y, i_x, cs, left, *rights
+            mean = JacobianPenalty.apply(*args) / mask.numel()
+            loss, parts[f"jacobian_{jacobian_penalty}"] = loss + jacobian_coef * mean, mean.detach()
     return loss, parts
 
 
@@ -352,32 +355,29 @@ def load_documents(dataset, split):  # -> datasets.IterableDataset, whether it i
     if dataset == "stdlib":  # but for what pip or the system installed; mixed, for its subjects
         names = [p.relative_to(root).as_posix() for p in root.rglob("*.py")]
         names = sorted((n for n in names if "-packages/" not in n), key=lambda n: crc32(n.encode()))
-        texts = [(root / n).read_text("utf-8", "replace") for n in names]
-        return Dataset.from_dict({"stdlib": names, "text": texts}).to_iterable_dataset(), True
+        text = {"stdlib": names, "text": [(root / n).read_text("utf-8", "replace") for n in names]}
+        return datasets.Dataset.from_dict(text).to_iterable_dataset(), True
     if not path.exists() and path.suffix not in KINDS:
-        return load_dataset(*dataset.split(":", 1), split=split, streaming=True), False
+        return datasets.load_dataset(*dataset.split(":", 1), split=split, streaming=True), False
     files = [str(p) for p in (path, *sorted(path.rglob("*"))) if p.suffix in KINDS]
     found = {KINDS[Path(f).suffix] for f in files}
     check(len(found) == 1, f"expected files of one kind that end in {', '.join(KINDS)}")
-    options = {"sample_by": "document"} if found == {"text"} else {}
-    if found <= {"text", "json"}:  # "utf8", because JSON that is spelled "utf-8" is not decoded
-        options |= {"encoding": "utf8", "encoding_errors": "replace"}
-    return load_dataset(*found, data_files=files, split="train", streaming=True, **options), True
+    utf8 = {"encoding": "utf8", "encoding_errors": "replace"}  # "utf-8" would leave JSON undecoded
+    options = {"text": utf8 | {"sample_by": "document"}, "json": utf8}.get(*found, {})
+    return datasets.load_dataset(*found, data_files=files, streaming=True, **options)["train"], True
 
 
 def token_contexts(config, model, tokenizer, held_out=False, skip=0, odd=None):
-    """Yield contexts (context_size,) of token ids: BOS, then documents joined by end-of-text. Either
-    held-out text or, without its first `skip` contexts, training text, which repeats if local; each
-    process of torchrun has its share. Local text holds out the documents whose crc32 (of the path in
-    stdlib, else of the text) is 0 modulo 20, or the last 5 % of the contexts where that leaves one
-    side empty. odd counts a pass's documents that are empty, long (cut up), not UTF-8 (U+FFFD)."""
+    """Yield contexts (context_size,) of token ids: BOS, then documents joined by end-of-text: held
+    out or, but for the first `skip` contexts, to train on, which local text repeats; a process of
+    torchrun has its share. Local text holds out the documents with crc32 (of a stdlib file's path,
+    else of the text) 0 modulo 20, or the last 5 % of the contexts where that leaves one side empty.
+    odd counts a pass's documents that are empty, long (cut up), not UTF-8 (U+FFFD)."""
     special, vocabulary = tokenizer or model.config, model.get_input_embeddings().weight.shape[0]
     bos, end = ([] if i is None else [i] for i in (special.bos_token_id, special.eos_token_id))
     odd, width = Counter() if odd is None else odd, config.context_size - len(bos or end)
-
-    def is_held_out(document):
-        key = document.get("stdlib") or document.get("text") or str(document.get("input_ids"))
-        return crc32(key.encode("utf-8", "replace")) % 20 == 0
+    key = lambda d: d.get("stdlib") or d.get("text") or str(d.get("input_ids"))
+    is_held_out = lambda d: crc32(key(d).encode("utf-8", "replace")) % 20 == 0
 
     def pack(documents, long=2**20):  # characters or tokens
         stream = np.int64([])
@@ -431,8 +431,8 @@ def mlp_inputs(model, mlp, ids):  # (contexts, T) -> x (contexts, T, d_model)
 
 
 def activation_batches(config, model, mlp, tokenizer, autocast, done=0, odd=None, stop=()):
-    """Yield the run's batches x (batch_size / processes, d_model) from number `done` on, shuffled in
-    a buffer that is filled, used up, and filled anew; until the text ends or `stop` has a signal."""
+    """Yield the batches x (batch_size / processes, d_model) from number `done` on, shuffled in a
+    buffer that is filled, used up, and filled anew; until the text ends or `stop` has a signal."""
     first, most = 0 if config.keep_first_token else 1, config.buffer_batches
     batch, steps = config.batch_size // WORLD, config.tokens // config.batch_size
     width = config.context_size - first
@@ -462,22 +462,22 @@ def measure(sae_x, sae_y, mlp, x):  # -> a row of metrics.jsonl, of 512 tokens
         row[f"mse_{s}"] = F.mse_loss(sae(v), v).item()
         row[f"ev_{s}"] = 1 - row[f"mse_{s}"] / (v.var(0, correction=0).mean().item() + 1e-30)
     J = active_jacobian(sae_x, sae_y, mlp, x, sae_x.encode(x), sae_y.encode(y)).abs()
-    above = (J > 0.01).sum().item() / len(J)  # per token
-    return row | {"jacobian_l1": J.mean().item(), "jacobian_above_0.01": above}
+    l, r = J.mean((1, 2)), J.square().mean((1, 2)).sqrt() + 1e-30
+    row |= {"jacobian_l1": l.mean().item(), "jacobian_l1_over_l2": (l / r).mean().item()}
+    return row | {"jacobian_above_0.01": (J > 0.01).sum().item() / len(J)}  # per token
 
 
 def train(config: Config, graceful=False) -> Path:
-    """Train a pair -> the run's folder. Warm-up: lr 1 % of the steps, lambda 5 %; lr falls to 0 over
-    the last 20 %. InputError if a setting, the text or a number breaks, KeyboardInterrupt(status,
-    line) after a signal if graceful; after the first step, both leave a checkpoint."""
+    """Train a pair -> the run's folder. lr warms up over 1 % of the steps, lambda over 5 %; lr falls
+    to 0 over the last 20 %. InputError if a setting, the text or a number breaks, KeyboardInterrupt
+    (status, line) after a signal if graceful; both leave a checkpoint if there was a step."""
     out, batch = Path(config.output_dir), config.batch_size
     steps, fine = config.tokens // batch, config.tokens >= batch and batch % WORLD == 0
     check(fine, f"--tokens {config.tokens}, --batch-size {batch}: no batch for {WORLD} processes")
     model, tokenizer = load_language_model(config)
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest and longest < config.context_size:
-        tqdm.write(f"contexts are clamped to {longest} tokens, the model's maximum", sys.stderr)
-        config = dataclasses.replace(config, context_size=longest)
+    width = min(longest or config.context_size, config.context_size)
+    config = dataclasses.replace(config, context_size=width)
     mlp, odd, stop = MLP.from_model(model, config.layer), Counter(), []
     info = open_run(config, mlp)
     if config.resume and (out / "sae_y").exists():  # the last to be written
@@ -522,7 +522,7 @@ def train(config: Config, graceful=False) -> Path:
         adam.param_groups[0]["lr"] = lr
         torch.manual_seed((config.seed * steps + step) * WORLD + RANK)  # for jacobian_fraction
         with autocast():
-            loss, parts = loss_of(mlp, x, coef, config.jacobian_fraction)
+            loss, parts = loss_of(mlp, x, coef, config.jacobian_fraction, config.jacobian_penalty)
         adam.zero_grad()
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in saes.parameters()])

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import matplotlib.figure
 import numpy as np
 import pytest
 import safetensors.torch
@@ -165,30 +166,37 @@ def test_rows_and_columns_of_latents_that_relu_switched_off_are_exactly_zero():
 
 
 # ---- The loss (Eq. 5) ----------------------------------------------------------------------------
-def plain_loss(sae_x, sae_y, mlp, x, coef):
-    """Eq. 5 from the definitions, each term as it is written there."""
+every_penalty = pytest.mark.parametrize("penalty", ["l1", "l1_over_l2"])
+
+
+def plain_loss(sae_x, sae_y, mlp, x, coef, penalty="l1"):
+    """Eq. 5 from the definitions, each term as it is written there; l1_over_l2 by torch's norms."""
     y = mlp(x)
-    J = active_jacobian(sae_x, sae_y, mlp, x, sae_x.encode(x), sae_y.encode(y))
-    return F.mse_loss(sae_x(x), x) + F.mse_loss(sae_y(y), y) + coef * J.abs().mean()
+    J = active_jacobian(sae_x, sae_y, mlp, x, sae_x.encode(x), sae_y.encode(y)).flatten(1)
+    ratio = J.norm(1, dim=1) / J.shape[1] ** 0.5 / (J.norm(2, dim=1) + 1e-300)
+    term = J.abs().mean() if penalty == "l1" else ratio.mean()
+    return F.mse_loss(sae_x(x), x) + F.mse_loss(sae_y(y), y) + coef * term
 
 
+@every_penalty
 @gated_or_plain
 @every_act
-def test_fast_loss_and_every_gradient_equal_the_plain_formula(act, gated):
+def test_fast_loss_and_every_gradient_equal_the_plain_formula(act, gated, penalty):
     pair, mlp = random_pair(b_enc=-0.8), random_mlp(act, gated)
-    x = torch.randn(50, 10, dtype=DOUBLE)
-    fast, parts = jsae_loss(*pair, mlp, x, 0.7)
-    plain = plain_loss(*pair, mlp, x, 0.7)
+    x, name = torch.randn(50, 10, dtype=DOUBLE), f"jacobian_{penalty}"
+    fast, parts = jsae_loss(*pair, mlp, x, 0.7, jacobian_penalty=penalty)
+    plain = plain_loss(*pair, mlp, x, 0.7, penalty)
     torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
     for ours, expected in zip(gradients(fast, pair), gradients(plain, pair)):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
-    total = parts["mse_x"] + parts["mse_y"] + 0.7 * parts["jacobian_l1"]
+    total = parts["mse_x"] + parts["mse_y"] + 0.7 * parts[name]
     torch.testing.assert_close(total, fast.detach())
-    assert not any(parts[name].requires_grad for name in ("mse_x", "mse_y", "jacobian_l1"))
+    assert not any(parts[part].requires_grad for part in ("mse_x", "mse_y", name))
     assert torch.equal(parts["s_x"].idx, pair[0].encode(x).idx)
 
 
-def test_fast_loss_passes_gradcheck():
+@every_penalty
+def test_fast_loss_passes_gradcheck(penalty):
     pair, mlp = random_pair(), random_mlp(gated=True)
     x, names = torch.randn(6, 10, dtype=DOUBLE), [n for n, _ in pair[0].named_parameters()]
 
@@ -198,22 +206,48 @@ def test_fast_loss_passes_gradcheck():
             setattr(sae, name, values[i])
         for sae in saes:
             sae.k = pair[0].k
-        return jsae_loss(*saes, mlp, x, 0.5)[0]
+        return jsae_loss(*saes, mlp, x, 0.5, jacobian_penalty=penalty)[0]
 
     values = [getattr(sae, n).detach().requires_grad_() for sae in pair for n in names]
     assert torch.autograd.gradcheck(loss, values, atol=1e-6, nondet_tol=1e-12)
 
 
+@every_penalty
 @gated_or_plain
-def test_fast_loss_is_the_same_whatever_the_chunk(gated, monkeypatch):
+def test_fast_loss_is_the_same_whatever_the_chunk(gated, penalty, monkeypatch):
     pair, mlp, x = random_pair(b_enc=-0.8), random_mlp(gated=gated), torch.randn(70, 10).double()
-    whole = jsae_loss(*pair, mlp, x, 1.0)[0]
+    whole = jsae_loss(*pair, mlp, x, 1.0, 1.0, penalty)[0]
     expected = gradients(whole, pair)
     monkeypatch.setitem(jsae.CHUNK, "cpu", 9 * 4 * 14 * 8)  # nine tokens for the Jacobian
-    ours = jsae_loss(*pair, mlp, x, 1.0)[0]
+    ours = jsae_loss(*pair, mlp, x, 1.0, 1.0, penalty)[0]
     torch.testing.assert_close(ours, whole, rtol=1e-12, atol=0)
     for one, other in zip(gradients(ours, pair), expected):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+def test_only_the_l1_penalty_sees_the_scale_of_the_jacobian():
+    (sae_x, sae_y), mlp, x = random_pair(), random_mlp(), torch.randn(40, 10, dtype=DOUBLE)
+    before, after = {}, {}
+    for parts in (before, after):
+        for name in ("l1", "l1_over_l2"):
+            parts |= jsae_loss(sae_x, sae_y, mlp, x, 1.0, 1.0, name)[1]
+        for p in (sae_y.W_enc, sae_y.b_enc):  # the same latents are active, at half the value
+            p.data /= 2
+    assert after["jacobian_l1"] == pytest.approx(before["jacobian_l1"].item() / 2)
+    assert after["jacobian_l1_over_l2"] == pytest.approx(before["jacobian_l1_over_l2"].item())
+    assert 1 / 4 < before["jacobian_l1_over_l2"] < 1  # k = 4
+
+
+def test_the_scale_free_penalty_of_jacobians_with_one_element_or_none():
+    (sae_x, sae_y), mlp, x = random_pair(), random_mlp(), torch.randn(9, 10, dtype=DOUBLE)
+    ratio = lambda: jsae_loss(sae_x, sae_y, mlp, x, 1.0, 1.0, "l1_over_l2")
+    for sae in (sae_x, sae_y):  # latent 0 is always active, and it alone
+        sae.b_enc.data.fill_(-1e9)[0] = 1e9
+    assert ratio()[1]["jacobian_l1_over_l2"] == pytest.approx(1 / 4)
+    sae_y.b_enc.data.fill_(-1e9)
+    loss, parts = ratio()
+    assert parts["jacobian_l1_over_l2"] == 0
+    assert all(g.isfinite().all() for g in gradients(loss, (sae_x, sae_y)))
 
 
 def test_jacobian_fraction_averages_over_a_random_part_of_the_tokens():
@@ -1030,6 +1064,14 @@ def run_copy(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "copy")
 
 
+def with_settings(run, **settings):
+    """The run's folder, its config.json changed."""
+    info = json.loads((run / "config.json").read_text())
+    info["config"] |= settings
+    (run / "config.json").write_text(json.dumps(info))
+    return run
+
+
 SMALL = ["--tokens", "400", "--linear-samples", "60", "--second-samples", "3", "--n-latents", "3"]
 
 
@@ -1056,6 +1098,16 @@ def test_reconstruction_is_that_of_all_held_out_tokens_at_once(finished):
         active = len(set(latents.idx[latents.acts > 0].tolist()))
         assert found["dead"] == sae.n_latents - active and found["rare"] is None
         assert sum(found["density"]) == active
+        values, norms = latents.acts[latents.acts > 0], sae.W_enc[latents.idx].norm(dim=-1)
+        assert found["active"] == pytest.approx(len(values) / len(x))
+        on = latents.acts > 0
+        assert found["W_enc_norm"] == pytest.approx(norms[on].mean().item())
+        assert found["b_enc"] == pytest.approx(sae.b_enc[latents.idx[on]].mean().item())
+        variations = []
+        for latent in latents.idx[on].tolist():
+            own = latents.acts[on & (latents.idx == latent)].double()
+            variations.append((own.std(correction=0) / own.mean()).item())
+        assert found["variation"] == pytest.approx(np.mean(variations), rel=1e-4)
 
 
 def noisy_model():
@@ -1076,7 +1128,8 @@ def test_cross_entropies_equal_transformers_own_loss(skip):
     mlp, (sae_x, sae_y), T = MLP.from_model(model, 0), random_pair(), 12
     ids = torch.randint(50, (3, T))
     with torch.no_grad():
-        sums = evaluate.performance_sums(model, mlp, sae_x, sae_y, ids, skip)
+        x = jsae.mlp_inputs(model, mlp, ids)[:, skip:].flatten(0, 1)
+        sums = evaluate.performance_sums(model, mlp, sae_x, sae_y, ids, x, skip)
     found = evaluate.performance(sums)
     labels, module = ids.clone(), model.gpt_neox.layers[0].mlp
     labels[:, : skip + 1] = -100
@@ -1280,7 +1333,7 @@ def test_the_batch_size_does_not_change_a_number(finished):
 
 
 def test_the_program_writes_numbers_figures_and_a_report(run_copy, finished, tmp_path, capsys):
-    second = shutil.copytree(finished, tmp_path / "second")
+    second = with_settings(shutil.copytree(finished, tmp_path / "second"), lr=0.5)
     plot = ["--plot", "jacobian_coef", "jacobian.hoyer"]
     assert evaluate.main([str(run_copy), str(second), *SMALL, *plot]) == 0
     out = capsys.readouterr().out
@@ -1296,7 +1349,7 @@ def test_the_program_writes_numbers_figures_and_a_report(run_copy, finished, tmp
     assert sum(groups) == pytest.approx(1)
     figures = {p.name for p in (run_copy / "figures").glob("*.png")}
     assert figures == {
-        f"{n}.png" for n in ("overview", "histogram", "functions", "jacobians", "plot-0")
+        f"{n}.png" for n in ("overview", "histogram", "functions", "jacobians", "plots")
     }
     page = (run_copy / "report.html").read_text()
     assert "<script" not in page and page.count("data:image/png;base64,") == len(figures)
@@ -1309,6 +1362,31 @@ def test_the_program_writes_numbers_figures_and_a_report(run_copy, finished, tmp
     (run_copy / "evaluation.json").write_text(changed_text)
     assert evaluate.main([str(run_copy), "--reuse", *SMALL]) == 0
     assert (run_copy / "evaluation.json").read_text() == changed_text
+
+
+def test_runs_that_differ_in_the_seed_only_are_one_column_and_one_point(finished, tmp_path, capsys):
+    runs = [shutil.copytree(finished, tmp_path / name) for name in ("a", "b", "c")]
+    with_settings(runs[1], seed=7, output_dir="elsewhere")
+    with_settings(runs[2], jacobian_coef=0.5)
+    for run, hoyer in zip(runs, (0.25, 0.35, 0.5)):
+        assert evaluate.main([str(run), *SMALL]) == 0
+        saved = json.loads((run / "evaluation.json").read_text())
+        saved["jacobian"]["hoyer"] = hoyer
+        (run / "evaluation.json").write_text(json.dumps(saved))
+    capsys.readouterr()
+    plot = ["--plot", "jacobian.hoyer", "ce.y.score", "--series", "lr"]
+    assert evaluate.main([*map(str, runs), "--reuse", *plot, *plot[:3]]) == 0
+    out = capsys.readouterr().out
+    assert "| a, 2 runs | c |" in out and "| Hoyer sparsity: J | 0.3 ± 0.07 | 0.5 |" in out
+    assert (tmp_path / "a" / "figures" / "plots.png").exists()
+    results = [evaluate.evaluation_of(str(run), evaluate.parse([str(run), "--reuse"]))[0] for run in runs]  # fmt: skip
+    ax = matplotlib.figure.Figure().subplots()
+    evaluate.draw_plots(evaluate.parse(["a", *plot]), [], evaluate.merged(results), np.array([ax]))
+    line, _, (bars, _) = ax.containers[0]
+    assert line.get_xdata() == pytest.approx((0.5, 0.3))  # in order of jacobian_coef, .5 and 1
+    widths = [end - start for (start, _), (end, _) in bars.get_segments()]
+    assert widths == pytest.approx((0, 2 * 0.1 / 2**0.5))
+    assert [text.get_text() for text in ax.texts] == ["0.5", "1"]
 
 
 def test_text_from_data_is_escaped_in_the_report():

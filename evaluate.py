@@ -24,7 +24,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import safetensors.torch
 import torch
@@ -328,7 +327,7 @@ def open_run(run, options):
     """-> (sae_x, sae_y, model, tokenizer, mlp, the run's config, the same with the held-out text).
     InputError if it is no finished run, its model is gone or has another MLP than at training."""
     sae_x, sae_y, config = jsae.load_run(run)
-    folder = Path(run) if Path(run).is_dir() else Path(huggingface_hub.snapshot_download(run))
+    folder = Path(run) if Path(run).is_dir() else Path(jsae.snapshot_download(run))
     info = json.loads((folder / "config.json").read_text())
     model, tokenizer = jsae.load_language_model(dataclasses.replace(config, device=options.device))
     mlp = jsae.MLP.from_model(model, config.layer)

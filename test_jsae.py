@@ -1588,6 +1588,48 @@ def test_without_a_model_the_demo_settings_stand_in_and_flags_win(monkeypatch, c
     assert given[1] == Config() and Config().k == 32 and Config().batch_size == 4096
 
 
+def test_a_run_is_loaded_and_evaluated_by_its_hub_id(finished, tmp_path, monkeypatch, capsys):
+    ours, asked = jsae.load_run(finished), []
+    download = lambda repo_id: asked.append(repo_id) or str(finished)
+    monkeypatch.setattr(jsae, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    for sae, other in zip(ours[:2], jsae.load_run("someone/some-pair")[:2]):
+        assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), other.parameters()))
+    assert evaluate.main(["someone/some-pair", *SMALL]) == 0
+    assert {*asked} == {"someone/some-pair"} and "| some-pair |" in capsys.readouterr().out
+    assert {p.name for p in Path("some-pair").iterdir()} == {"evaluation.json", "figures", "report.html"}  # fmt: skip
+
+
+def test_sae_lens_opens_the_folders_and_what_it_saves_comes_back(run_copy):
+    sae_lens = pytest.importorskip("sae_lens")
+    *saes, config = jsae.load_run(run_copy)
+    for s, sae in zip("xy", saes):
+        folder, x = run_copy / f"sae_{s}", 3 * torch.randn(50, sae.d_model)
+        theirs = sae_lens.SAE.load_from_disk(str(folder), device="cpu")
+        acts, idx = sae.encode(x)
+        dense = torch.zeros(50, sae.n_latents).scatter(1, idx, acts)
+        torch.testing.assert_close(theirs.encode(x), dense, rtol=0, atol=1e-5)
+        torch.testing.assert_close(theirs(x), sae(x), rtol=0, atol=1e-5)
+        assert theirs.cfg.metadata.model_name == config.model
+        assert theirs.cfg.metadata.hook_name.startswith("gpt_neox.layers.0.mlp")
+        shutil.rmtree(folder)
+        theirs.save_model(folder)
+    for sae, again in zip(saes, jsae.load_run(run_copy)[:2]):
+        assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), again.parameters()))
+
+
+def test_sparsify_opens_what_the_readmes_lines_write(run_copy):
+    sparsify = pytest.importorskip("sparsify")
+    run_snippet(snippet("sparsify").replace("runs/NAME", str(run_copy)), run_copy)
+    for s, sae in zip("xy", jsae.load_run(run_copy)[:2]):
+        folder, x = run_copy / "sparsify" / s, 3 * torch.randn(50, sae.d_model)
+        theirs = sparsify.SparseCoder.load_from_disk(folder)
+        acts, idx, _ = theirs.encode(x)
+        ours = sae.encode(x)
+        assert torch.equal(idx.sort().values, ours.idx.sort().values)
+        torch.testing.assert_close(theirs.decode(acts, idx), sae(x), rtol=0, atol=1e-5)
+
+
 def test_what_is_not_a_run_is_not_loaded(tmp_path):
     with pytest.raises(InputError, match="is not a finished run"):
         jsae.load_run(tmp_path)
@@ -1621,11 +1663,32 @@ def test_as_a_program_copied_alone(config, tmp_path):
     assert status == 2 and "'x'" in error.strip().splitlines()[-1] and "Traceback" not in error
 
 
-def test_the_readmes_snippets_run():
-    first, speed, *_ = (jsae.HERE / "README.md").read_text().split("```python\n")[1:]
-    first = first.split("```")[0] + "assert J.shape == (64, 16, 16) and sae_x.W_dec.grad.any()"
+SNIPPETS = (jsae.HERE / "README.md").read_text().split("```python\n")[1:]
+
+
+def snippet(word):
+    """The README's Python in which the word stands."""
+    (found,) = [text.split("```")[0] for text in SNIPPETS if word in text.split("```")[0]]
+    return found
+
+
+def run_snippet(code, folder=jsae.HERE):
+    environment = os.environ | {"PYTHONPATH": str(jsae.HERE)}
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, check=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("word, check", [
+    ("fraction=0.125", "assert sae_x.W_dec.grad.any() and J.shape == (64, 16, 16)"),
+    ("LlamaConfig", "assert mlp.W_gate is not None and J.shape == (64, 8, 8) and J.any()"),
+    ("JacobianPenalty", "J = jsae.active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y); assert (J.abs().mean() - penalty).abs() < 1e-6 < penalty"),
+])  # fmt: skip
+def test_the_readmes_snippets_run(word, check):
+    run_snippet(snippet(word) + "\nimport jsae\n" + check)
+
+
+def test_the_readmes_benchmark_runs():
     sizes = "B=4096, d=512, n=16384, h=2048, k=32", "B=8, d=8, n=64, h=16, k=2"
-    assert sizes[0] in speed
-    speed = re.sub(r'\{"[Bknhd]": \d+\}', '{"k": 3}', speed.split("```")[0].replace(*sizes))
-    for snippet in (first, speed):
-        subprocess.run([sys.executable, "-c", snippet], cwd=jsae.HERE, check=True, timeout=120)
+    code = snippet(sizes[0]).replace(*sizes)
+    run_snippet(re.sub(r'\{"[Bknhd]": \d+\}', '{"k": 3}', code))

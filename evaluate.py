@@ -40,6 +40,7 @@ BIN, BINS = 0.001, 1100  # histogram of |J|: 1100 bins and one for all that lies
 WINDOW, WINDOWS, PICTURES = 16, 12, 4  # tokens of an example, examples of a latent, pictures of J
 GRID, LARGEST = 100, 5.0  # points of [0, max(5, s + 1)] at which a function of one latent is taken
 spread = lambda runs: (np.mean(runs, 0), np.std(runs, 0, ddof=int(len(runs) > 1)))  # of a sample
+hoyer = lambda v: (v.shape[-1] ** 0.5 - v.sum(-1) / v.norm(dim=-1)) / (v.shape[-1] ** 0.5 - 1 or 1)
 details = lambda head, *parts: f"<details><summary>{head}</summary>{''.join(parts)}</details>"
 
 
@@ -135,21 +136,20 @@ def performance(sums):
 
 def jacobian_sums(J, thresholds):
     """Sums over tokens of the measures that `jacobian` explains. J (B, k, k)."""
-    A = J.abs().flatten(1).double()  # (B, N)
-    l1, l2, linf, N = A.sum(1), A.norm(dim=1), A.amax(1), A.shape[1]
-    squares, fourth = A.square().sum(1), A.pow(4).sum(1)
-    some = l1 > 0  # a token without any active pair has norms 0 and counts as 0 below
-    norms = {"l1": l1, "l2": l2, "l4": fourth.pow(0.25), "linf": linf}
+    rows, A = J.abs().double(), J.abs().double().flatten(1)  # (B, k, k), (B, N)
+    some, on = A.any(1), rows.any(2)  # a token, or row, without any active pair counts as 0 below
+    norms = {"l1": A.sum(1), "l2": A.norm(dim=1), "l4": A.norm(4, dim=1), "linf": A.amax(1)}
     sums = {f"norm_{name}": norm.sum() for name, norm in norms.items()}
     for scale in SCALES:
         scaled = A if scale == "raw" else A[some] / norms[scale][some].unsqueeze(1)
         sums[f"above_{scale}"] = torch.stack([(scaled > t).sum() for t in thresholds])
     mass = A.sort(1, descending=True).values.cumsum(1)
     for share in (50, 90, 99):
-        enough = mass < share / 100 * mass[:, -1:]
-        sums[f"mass_{share}"] = (enough.sum(1) + 1)[some].sum()
-    sums["hoyer"] = ((math.sqrt(N) - l1 / l2) / (math.sqrt(N) - 1 or 1))[some].sum()
-    sums["participation"] = (squares.square() / fourth)[some].sum()
+        sums[f"mass_{share}"] = ((mass < share / 100 * mass[:, -1:]).sum(1) + 1)[some].sum()
+    sums["hoyer"], row_hoyer = hoyer(A[some]).sum(), hoyer(rows).where(on, 0.0)
+    sums["hoyer_rows"] = (row_hoyer.sum(1) / on.sum(1).clamp(min=1)).sum()
+    sums["participation"] = (norms["l2"] / norms["l4"])[some].pow(4).sum()
+    sums["largest"] = (norms["linf"] / norms["l2"])[some].square().sum()
     bins = (A.flatten() / BIN).long().clamp(max=BINS)
     return sums | {"histogram": torch.bincount(bins, minlength=BINS + 1)}
 
@@ -158,7 +158,8 @@ def jacobian(sums, tokens, thresholds, elements):
     """Means per token, N = k^2 elements. count_above, share_above: elements with |J| above each
     threshold, raw and with each token's J divided by its L1, L2 or Linf norm. norms: of J's elements.
     mass: how many of the largest hold 50, 90, 99 % of sum |J|. hoyer: (sqrt N - L1/L2) / (sqrt N - 1),
-    0 if all are equal, 1 if one is not 0. participation: (sum J^2)^2 / sum J^4, about how many matter.
+    0 if all are equal, 1 if one is not 0; hoyer_rows: mean over the rows of active output latents.
+    participation: (sum J^2)^2 / sum J^4, about how many matter. largest: its share of sum J^2.
     histogram: sums over all tokens in bins of 0.001, the last one holds all from 1.1 on."""
     mean = {name: (value / tokens).tolist() for name, value in sums.items()}
     above = {scale: mean[f"above_{scale}"] for scale in SCALES}
@@ -166,7 +167,7 @@ def jacobian(sums, tokens, thresholds, elements):
     result["share_above"] = {s: [n / elements for n in counts] for s, counts in above.items()}
     result["norms"] = {name: mean[f"norm_{name}"] for name in ("l1", "l2", "l4", "linf")}
     result["mass"] = {str(share): mean[f"mass_{share}"] for share in (50, 90, 99)}
-    result |= {name: mean[name] for name in ("hoyer", "participation")}
+    result |= {name: mean[name] for name in ("hoyer", "hoyer_rows", "participation", "largest")}
     return result | {"histogram": sums["histogram"].tolist()}
 
 
@@ -426,7 +427,8 @@ TABLE = (  # what: its parts, path in evaluation.json, what {} in it stands for
     ("functions: linear / JumpReLU / other", "linearity.{}", "linear jumprelu other"),
     ("relative: linear / JumpReLU / other", "linearity.relative.{}", "linear jumprelu other"),
     ("|J + delta|: < 0.1 / < 0.1 |J|", "linearity.{}", "on_line on_line_relative"),
-    ("Hoyer sparsity: J", "jacobian.{}", "hoyer"),
+    ("Hoyer sparsity: J / its rows", "jacobian.{}", "hoyer hoyer_rows"),
+    ("share of sum J^2 in one element: largest", "jacobian.{}", "largest"),
     ("participation ratio: J", "jacobian.{}", "participation"),
     ("elements with % of sum |J|: 50 / 90 / 99", "jacobian.mass.{}", "50 90 99"),
     ("norm of J: L1 / L2 / L4 / Linf", "jacobian.norms.{}", "l1 l2 l4 linf"),
@@ -576,10 +578,9 @@ def draw(names, groups, options, folder):
 
 
 STYLE = """:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;
-margin:auto;padding:1rem}table{border-collapse:collapse;display:block;overflow-x:auto}td{padding:
-.1rem .5rem;border:1px solid #8886}img{max-width:100%;background:#fff;border-radius:4px}details{
-margin:.2rem 1rem}summary{cursor:pointer}pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
-span{background:rgba(255,140,0,var(--a))}"""
+margin:auto;padding:1rem}table{border-collapse:collapse;display:block;overflow-x:auto}td{padding:0
+.5rem;border:1px solid #8886}img{max-width:100%;background:#fff}details{margin:.2rem 1rem}pre{
+margin:0;white-space:pre-wrap;overflow-wrap:anywhere}span{background:rgba(255,140,0,var(--a))}"""
 
 
 def snippets(examples):

@@ -1179,7 +1179,9 @@ def test_measures_of_jacobians_worked_by_hand():
     )
     assert found["mass"] == pytest.approx({"50": 3 / 3, "90": 5 / 3, "99": 5 / 3})
     assert found["hoyer"] == pytest.approx(1 / 3)  # 1 for one element, 0 for four equal ones
+    assert found["hoyer_rows"] == pytest.approx(1 / 3)  # the row without an active pair is left out
     assert found["participation"] == pytest.approx((1 + 4) / 3)
+    assert found["largest"] == pytest.approx((1 + 1 / 4) / 3)
     assert sum(found["histogram"]) == J.numel() and found["histogram"][-1] == 1
     assert found["histogram"][0] == 3 + 4 and sum(found["histogram"][299:302]) == 4
 
@@ -1189,8 +1191,12 @@ def test_scaling_every_jacobian_moves_only_the_measures_that_see_scale():
     one, small = (
         evaluate.jacobian(evaluate.jacobian_sums(s * J, [0.1]), 20, [0.1], 25) for s in (1, 0.01)
     )
-    for name in ("hoyer", "participation", "mass"):
+    for name in ("hoyer", "hoyer_rows", "participation", "largest", "mass"):
         assert one[name] == pytest.approx(small[name])
+    J[:, 0] *= 100  # one output latent's scale
+    louder = evaluate.jacobian(evaluate.jacobian_sums(J, [0.1]), 20, [0.1], 25)
+    assert louder["hoyer_rows"] == pytest.approx(one["hoyer_rows"])
+    assert louder["hoyer"] > one["hoyer"] + 0.1 and louder["largest"] > one["largest"] + 0.1
     assert one["count_above"]["l2"] == small["count_above"]["l2"]
     assert one["count_above"]["raw"][0] > 20 > small["count_above"]["raw"][0]
 
@@ -1377,7 +1383,7 @@ def test_runs_that_differ_in_the_seed_only_are_one_column_and_one_point(finished
     plot = ["--plot", "jacobian.hoyer", "ce.y.score", "--series", "lr"]
     assert evaluate.main([*map(str, runs), "--reuse", *plot, *plot[:3]]) == 0
     out = capsys.readouterr().out
-    assert "| a, 2 runs | c |" in out and "| Hoyer sparsity: J | 0.3 ± 0.07 | 0.5 |" in out
+    assert "| a, 2 runs | c |" in out and "| Hoyer sparsity: J / its rows | 0.3 ± 0.07 / " in out
     assert (tmp_path / "a" / "figures" / "plots.png").exists()
     results = [evaluate.evaluation_of(str(run), evaluate.parse([str(run), "--reuse"]))[0] for run in runs]  # fmt: skip
     ax = matplotlib.figure.Figure().subplots()

@@ -555,13 +555,13 @@ def draw(names, groups, options, folder):
         return []
     plt.switch_backend("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    results, plots, done = [group[0] for group in groups], len(options.plot or ()), []
+    results, n, done = [group[0] for group in groups], len(options.plot or ()), []
     pictures = max(len(r["jacobian_pictures"]) for r in results)
     jobs = {"overview": (draw_overview, groups, -(-len(TABLE) // 3), 3)}
     jobs["histogram"] = draw_histogram, results, 1, 2
     jobs["functions"] = draw_functions, results, len(results), 5
     jobs["jacobians"] = draw_jacobians, results, len(results), pictures
-    jobs |= {"plots": (partial(draw_plots, options), groups, -(-plots // 2), 2)} if plots else {}
+    jobs |= {"plots": (partial(draw_plots, options), groups, -(-n // 3), min(n, 3))} if n else {}
     for name, (paint, what, rows, columns) in jobs.items():
         size = min(14, 2 + 4 * columns), 1 + 2.7 * rows
         figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="tight")

@@ -74,7 +74,7 @@ class Config:
     k: int = HfArg(default=32, help="active latents per token, in both SAEs")
     expansion_factor: int = HfArg(default=32, help="R: latents of an SAE per dimension of x")
     jacobian_coef: float = HfArg(default=1.0, help="lambda; 0 trains traditional SAEs")
-    jacobian_penalty: Literal["l1", "l1_over_l2"] = HfArg(default="l1", help="see jsae_loss")
+    jacobian_penalty: Literal["l1", "l1_over_l2"] = HfArg(default="l1", help="mean |J|, or / rms J")
     jacobian_fraction: float = HfArg(default=1.0, help="share of tokens in the Jacobian term")
     lr: float = HfArg(default=5e-4, help="Adam's learning rate")
     batch_size: int = HfArg(default=4096, help="tokens per training step")

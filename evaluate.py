@@ -34,12 +34,12 @@ from tqdm import tqdm
 import jsae
 from jsae import InputError, Latents, active_jacobian, check
 
-KINDS = ("linear", "jumprelu", "other")
+CLASSES = ("linear", "jumprelu", "other")
 SCALES = ("raw", "l1", "l2", "linf")  # J as it is, or divided by a norm of each token's J
 BIN, BINS = 0.001, 1100  # histogram of |J|: 1100 bins and one for all that lies above
 WINDOW, WINDOWS, PICTURES = 16, 12, 4  # tokens of an example, examples of a latent, pictures of J
 GRID, LARGEST = 100, 5.0  # points of [0, max(5, s + 1)] at which a function of one latent is taken
-spread = lambda runs: (np.mean(runs, 0), np.std(runs, 0, ddof=int(len(runs) > 1)))  # of a sample
+spread = lambda runs: (np.mean(runs, 0), np.std(runs, 0, ddof=int(len(runs) > 1)))  # mean, std
 hoyer = lambda v: (v.shape[-1] ** 0.5 - v.sum(-1) / v.norm(dim=-1)) / (v.shape[-1] ** 0.5 - 1 or 1)
 details = lambda head, *parts: f"<details><summary>{head}</summary>{''.join(parts)}</details>"
 
@@ -72,8 +72,8 @@ def reconstruction(sums, tokens, sae):
     explained_variance = 1 - fvu. cosine: mean over tokens. dead: latents without a positive value.
     rare: latents below one token in 10^6, null if fewer were evaluated. density: how many latents
     have a positive value on 10^-6 to 10^-5.5, ... of the tokens (lower ends in density_log10).
-    active: positive values per token; means over these: variation, standard deviation / mean of the
-    latent's positive values, W_enc_norm, the norm of its row of W_enc, and its b_enc."""
+    active: positive values per token. Means over all of these: variation, standard deviation / mean
+    of the latent's positive values, W_enc_norm, the norm of its row of W_enc, and its b_enc."""
     variance = sums["squares"] - sums["total"].square().sum() / tokens
     fvu = (sums["error"] / variance).item()
     fired, share = sums["fired"], sums["fired"] / tokens
@@ -108,16 +108,16 @@ def performance_sums(model, mlp, sae_x, sae_y, ids, x, skip):
     """Summed cross-entropy (nats) of the model as it is and with a site replaced at the tokens of x
     (tokens, d_model), and summed KL(clean || replaced). Sites: x by x_hat; y by y_hat; both: the
     whole path x -> s_x -> f_s -> s_y -> y_hat in y's place. Ablated: x or y is set to zero."""
-    y, after = mlp(x), {"x": mlp(sae_x(x)), "x_ablated": mlp(torch.zeros_like(x))}  # what f then is
-    after |= {"y": sae_y(y), "both": sae_y(after["x"]), "y_ablated": torch.zeros_like(y)}
+    y, new_y = mlp(x), {"x": mlp(sae_x(x)), "x_ablated": mlp(torch.zeros_like(x))}
+    new_y |= {"y": sae_y(y), "both": sae_y(new_y["x"]), "y_ablated": torch.zeros_like(y)}
     target = ids[:, skip + 1 :].unsqueeze(-1)
     clean = log_probabilities(model, mlp, ids, skip)
     sums = {"clean": -clean.gather(-1, target).double().sum()}
-    for name, new in after.items():
+    for name, new in new_y.items():
         logp = log_probabilities(model, mlp, ids, skip, new)
         sums[name] = -logp.gather(-1, target).double().sum()
         if "ablated" not in name:
-            sums[f"kl_{name}"] = (clean.exp() * (clean - logp)).double().sum()
+            sums[f"kl_{name}"] = (clean.exp() * (clean - logp)).sum(-1).double().sum()
     return sums | {"predictions": torch.tensor(target.numel())}
 
 
@@ -136,8 +136,8 @@ def performance(sums):
 
 def jacobian_sums(J, thresholds):
     """Sums over tokens of the measures that `jacobian` explains. J (B, k, k)."""
-    rows, A = J.abs().double(), J.abs().double().flatten(1)  # (B, k, k), (B, N)
-    some, on = A.any(1), rows.any(2)  # a token, or row, without any active pair counts as 0 below
+    rows, A = (v := J.abs().double()), v.flatten(1)  # (B, k, k), (B, N)
+    some, on = A.any(1), rows.any(2)  # tokens, and rows, with an active pair
     norms = {"l1": A.sum(1), "l2": A.norm(dim=1), "l4": A.norm(4, dim=1), "linf": A.amax(1)}
     sums = {f"norm_{name}": norm.sum() for name, norm in norms.items()}
     for scale in SCALES:
@@ -149,26 +149,27 @@ def jacobian_sums(J, thresholds):
     sums["hoyer"], row_hoyer = hoyer(A[some]).sum(), hoyer(rows).where(on, 0.0)
     sums["hoyer_rows"] = (row_hoyer.sum(1) / on.sum(1).clamp(min=1)).sum()
     sums["participation"] = (norms["l2"] / norms["l4"])[some].pow(4).sum()
-    sums["largest"] = (norms["linf"] / norms["l2"])[some].square().sum()
+    sums["largest"], sums["paired"] = (norms["linf"] / norms["l2"])[some].pow(2).sum(), some.sum()
     bins = (A.flatten() / BIN).long().clamp(max=BINS)
     return sums | {"histogram": torch.bincount(bins, minlength=BINS + 1)}
 
 
 def jacobian(sums, tokens, thresholds, elements):
     """Means per token, N = k^2 elements. count_above, share_above: elements with |J| above each
-    threshold, raw and with each token's J divided by its L1, L2 or Linf norm. norms: of J's elements.
-    mass: how many of the largest hold 50, 90, 99 % of sum |J|. hoyer: (sqrt N - L1/L2) / (sqrt N - 1),
-    0 if all are equal, 1 if one is not 0; hoyer_rows: mean over the rows of active output latents.
-    participation: (sum J^2)^2 / sum J^4, about how many matter. largest: its share of sum J^2.
-    histogram: sums over all tokens in bins of 0.001, the last one holds all from 1.1 on."""
-    mean = {name: (value / tokens).tolist() for name, value in sums.items()}
+    threshold, raw or with J divided by its L1, L2 or Linf norm. norms: of its elements. histogram: of
+    all tokens, bins of 0.001, the last from 1.1 on. paired: share of tokens with an active pair. Over
+    these: counts at unit norm; mass: how many of the largest hold 50, 90, 99 % of sum |J|; hoyer: (sqrt
+    N - L1/L2) / (sqrt N - 1), 0 if all are equal, 1 if one is not 0 (l1_over_l2 trains it); hoyer_rows:
+    of J's rows; participation: (sum J^2)^2 / sum J^4; largest: one element's share of sum J^2."""
+    n, raw = max(1, int(sums["paired"])), ("above_raw", "norm", "paired")
+    mean = {m: (v / (tokens if m.startswith(raw) else n)).tolist() for m, v in sums.items()}
     above = {scale: mean[f"above_{scale}"] for scale in SCALES}
     result = {"thresholds": thresholds, "elements": elements, "count_above": above}
     result["share_above"] = {s: [n / elements for n in counts] for s, counts in above.items()}
     result["norms"] = {name: mean[f"norm_{name}"] for name in ("l1", "l2", "l4", "linf")}
     result["mass"] = {str(share): mean[f"mass_{share}"] for share in (50, 90, 99)}
-    result |= {name: mean[name] for name in ("hoyer", "hoyer_rows", "participation", "largest")}
-    return result | {"histogram": sums["histogram"].tolist()}
+    more = ("hoyer", "hoyer_rows", "participation", "largest", "paired")
+    return result | {m: mean[m] for m in more} | {"histogram": sums["histogram"].tolist()}
 
 
 class GlobalJacobian:
@@ -273,15 +274,15 @@ def linearity(sae_x, sae_y, mlp, samples, options):
     classes, relative, delta = torch.cat(classes), torch.cat(relative), torch.cat(deltas)
     J = samples["J"].to(delta.dtype)
     off, small = (J + delta).abs(), J.abs() < 0.1
-    masks = {name: classes == c for c, name in enumerate(KINDS)}
+    masks = {name: classes == c for c, name in enumerate(CLASSES)}
     masks |= {"on_line": off < 0.1, "on_line_relative": off < 0.1 * J.abs()}
     masks |= {"cluster": (off >= 0.1) & small, "outlier": (off >= 0.1) & ~small}
     result = {"samples": S} | {name: mask.double().mean().item() for name, mask in masks.items()}
     shares = torch.bincount(relative, minlength=3).double() / S
-    result["relative"] = dict(zip(KINDS, shares.tolist()))
+    result["relative"] = dict(zip(CLASSES, shares.tolist()))
     result["scatter"] = {"J": J[:1000].tolist(), "delta": delta[:1000].tolist()}
     first = {name: mask[: len(curves)].nonzero()[:6, 0].tolist() for name, mask in masks.items()}
-    result["examples"] = {k: [[u.tolist() for u in curves[i]] for i in first[k]] for k in KINDS}
+    result["examples"] = {k: [[u.tolist() for u in curves[i]] for i in first[k]] for k in CLASSES}
     return result | {"second": second_differences(sae_x, sae_y, mlp, samples, options)}
 
 
@@ -438,7 +439,7 @@ TABLE = (  # what: its parts, path in evaluation.json, what {} in it stands for
 
 
 def lookup(result, path):
-    """What stands at a dotted path in evaluation.json, or the run's setting of that name."""
+    """The run's setting of that name, else what stands at a dotted path in evaluation.json."""
     value = result["config"] if path in result["config"] else result
     try:
         for part in path.split("."):
@@ -449,18 +450,19 @@ def lookup(result, path):
 
 
 def merged(results):
-    """-> groups of results, those together whose runs differ in the seed and the folder only."""
+    """-> groups of results: runs that differ in the seed and the folder only, evaluated alike."""
     groups, aside = {}, ("seed", "output_dir", "overwrite", "resume", "checkpoint_minutes")
     for r in results:
-        settings = str({name: value for name, value in r["config"].items() if name not in aside})
-        groups.setdefault(settings, []).append(r)
+        kept = {name: value for name, value in r["config"].items() if name not in aside}
+        groups.setdefault(str((kept, r["text"], r["tokens"])), []).append(r)
     return [*groups.values()]
 
 
 def measures(groups):
     """Yield what is in a line of TABLE, its parts' names, and for each group of runs the mean and
     the standard deviation (of a sample: n - 1) of each part."""
-    thresholds = groups[0][0]["jacobian"]["thresholds"]
+    thresholds, *others = [r["jacobian"]["thresholds"] for group in groups for r in group]
+    check(all(t == thresholds for t in others), "--thresholds differ among the runs with --reuse")
     for label, path, parts in TABLE:
         title, _, names = label.partition(": ")
         names, parts = names.split(" / "), parts.split()
@@ -470,9 +472,9 @@ def measures(groups):
         yield title, names, [spread(numbers) for numbers in found]
 
 
-def table_rows(names, groups):
-    """-> rows of strings: the names, then a row for each line of TABLE."""
-    rows = [["", *names]]
+def table_rows(groups):
+    """-> rows of strings: the runs, then a row for each line of TABLE."""
+    rows = [["", *(g[0]["run"] + f", {len(g)} runs" * (len(g) > 1) for g in groups)]]
     for title, parts, columns in measures(groups):
         rows.append([f"{title}: {' / '.join(parts)}"])
         for group, column in zip(groups, columns):
@@ -493,11 +495,11 @@ def draw_overview(names, groups, axes):
 
 
 def draw_histogram(names, results, axes):
-    edges, (left, right) = BIN * np.arange(BINS), axes[0]
+    middles, (left, right) = BIN * (np.arange(BINS) + 0.5), axes[0]
     for name, r in zip(names, results):
         counts = np.array(r["jacobian"]["histogram"]) / r["tokens"]
-        left.plot(edges, counts[:-1], label=f"{name}; {counts[-1]:.3g} above {BIN * BINS:g}")
-        right.plot(edges + BIN, counts.cumsum()[:-1] / counts.sum(), label=name)
+        left.plot(middles, counts[:-1], label=f"{name}; {counts[-1]:.3g} above {BIN * BINS:g}")
+        right.plot(middles + BIN / 2, counts.cumsum()[:-1] / counts.sum(), label=name)
     left.set(xlabel="|J|", ylabel=f"elements per token in {BIN:g}", xscale="log", yscale="log")
     right.set(xlabel="|J|", ylabel="share of elements below", xscale="log")
     return "histogram and distribution function of |J| (figures 32, 34)"
@@ -510,7 +512,7 @@ def draw_functions(names, results, axes):
         for label, group in (("line", ~off), ("cluster", off & small), ("outlier", off & ~small)):
             row[0].scatter(J[group], delta[group], s=4, label=label)
         row[0].set(xlabel="J", ylabel="change of s_y,i at s_x,j - 1", title=name)
-        for ax, kind in zip(row[1:], KINDS):
+        for ax, kind in zip(row[1:], CLASSES):
             for t, v in lin["examples"][kind]:
                 ax.plot(t, v)
             ax.set(xlabel="s_x,j", ylabel="s_y,i", title=kind)
@@ -536,14 +538,14 @@ def draw_plots(options, names, groups, axes):
             fine = all(isinstance(value, (int, float)) for point in points for value in point)
             check(fine, f"--plot {x} {y}: expected what is a number in every run")
             point = (lookup(group[0], "jacobian_coef"), *np.concatenate(spread(points)))
-            series.setdefault(lookup(group[0], options.series), []).append(point)
+            series.setdefault(str(lookup(group[0], options.series)), []).append(point)
         for name, points in series.items():
             _, *means, dx, dy = zip(*sorted(points))
             ax.errorbar(*means, dy, dx, "o-", markersize=4, label=name)
             for coef, *at in sorted(points):
                 ax.annotate(f"{coef:g}", at[:2], fontsize=7)
         ax.set(xlabel=x, ylabel=y)
-    return f"runs by {options.series}; the numbers in the figure are their jacobian_coef"
+    return f"runs by {options.series}; bars: standard deviation over seeds; numbers: jacobian_coef"
 
 
 def draw(names, groups, options, folder):
@@ -555,7 +557,7 @@ def draw(names, groups, options, folder):
         return []
     plt.switch_backend("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    results, n, done = [group[0] for group in groups], len(options.plot or ()), []
+    results, n, done = [group[0] for group in groups], len(options.plot), []
     pictures = max(len(r["jacobian_pictures"]) for r in results)
     jobs = {"overview": (draw_overview, groups, -(-len(TABLE) // 3), 3)}
     jobs["histogram"] = draw_histogram, results, 1, 2
@@ -565,7 +567,7 @@ def draw(names, groups, options, folder):
     for name, (paint, what, rows, columns) in jobs.items():
         size = min(14, 2 + 4 * columns), 1 + 2.7 * rows
         figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="tight")
-        caption = paint(names, what, axes)
+        caption = paint(names if what is groups else [r["run"] for r in results], what, axes)
         for ax in figure.axes:
             ax.set_visible(ax.has_data())
             ax.tick_params(labelsize=7)
@@ -618,8 +620,8 @@ def report(results, rows, drawn, folder):
         picture = base64.b64encode((folder / name).read_bytes()).decode()
         caption = html.escape(caption)
         page += [f'<h2>{caption}</h2><img alt="{caption}" src="data:image/png;base64,{picture}">']
-    for name, result in zip(rows[0][1:], results):
-        page += [f"<h2>{html.escape(name)}: its strongest pairs</h2>", latents_of(result)]
+    for r in results:
+        page += [f"<h2>{html.escape(r['run'])}: its strongest pairs</h2>", latents_of(r)]
     return "\n".join([*page, "</html>"])
 
 
@@ -663,7 +665,7 @@ def parse(argv):
 
 def evaluation_of(run, options):
     """-> (what evaluation.json holds, its folder: the run's, or of a hub run the output folder)."""
-    folder = Path(run) if Path(run).is_dir() else Path(options.output_dir or Path(run).name)
+    folder = Path(run) if Path(run).is_dir() else Path(options.output_dir, run.replace("/", "--"))
     saved = folder / "evaluation.json"
     if not (options.reuse and saved.exists()):
         jsae.write_file(saved, json.dumps(evaluate(run, options)).encode())
@@ -680,9 +682,7 @@ def main(argv=None) -> int:
         options = parse(argv)
         results, folders = zip(*(evaluation_of(run, options) for run in options.runs))
         folder, groups = Path(options.output_dir or folders[0]), merged(results)
-        names = [Path(g[0]["run"]).name + f", {len(g)} runs" * (len(g) > 1) for g in groups]
-        names = names if len({*names}) == len(names) else [g[0]["run"] for g in groups]
-        rows = table_rows(names, groups)
+        rows = table_rows(groups)
         for row in (rows[0], ["--"] * len(rows[0]), *rows[1:]):
             print("|", " | ".join(cell.replace("|", "\\|") for cell in row), "|")
         drawn = draw(rows[0][1:], groups, options, folder / "figures")

@@ -278,10 +278,10 @@ class JacobianPenalty(autograd.Function):
             d = sum((f.to(d.dtype) * r for f, r in zip(c[1:], gated)), d.mul_(c[0].to(d.dtype)))
             J = a @ d.mT * m  # (chunk, k, k)
             S, absolute = J.sign(), J.abs()
-            if penalty == "l1_over_l2":
+            if {"l1": False, "l1_over_l2": True}[penalty]:
                 l, r = absolute.mean((1, 2), True), J.square().mean((1, 2), True).sqrt()
                 r += r == 0  # where no pair is active the penalty is 0
-                S, absolute = (S - l / r**2 * J) / r, absolute / r
+                S, absolute = (S - l / r**2 * J) / r, absolute / r  # dr/dJ = J / (k^2 r)
             total, back = total + absolute.sum(), S.mT @ a.to(dtype)
             grads[0].index_add_(0, i, (S @ d.to(dtype)).flatten(0, 1))
             for grad, factor in zip(grads[1:], c):
@@ -299,7 +299,7 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0, jacobi
     -> (loss, parts). parts, detached: mse_x, mse_y (means over all elements), Latents s_x, s_y, and
     the penalty, without coefficient (absent at 0) and over a random share of the tokens: jacobian_l1,
     mean |J| over k x k, or jacobian_l1_over_l2, mean |J| / rms J of each token, the same for any scale
-    of J: from 1/k (one element) to 1 (all equal). torch.autocast rules the large products only."""
+    of J: 1/k (one element) to 1 (all equal; 0: no pair). torch.autocast rules the large products."""
     x, loss, parts, device = x.detach().to(sae_x.W_enc.dtype), 0.0, {}, x.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     n = max(1, round(jacobian_fraction * len(x))) if jacobian_coef else 0
@@ -565,7 +565,7 @@ def open_run(config, mlp):
     check(free, f"--output-dir {out} is taken; --overwrite replaces a run, and only a run")
     ignored = ("config", "versions", "resume", "overwrite", "output_dir", "checkpoint_minutes")
     for name, value in (info | info["config"]).items() if config.resume else ():
-        before = saved.get(name)
+        before = saved.get(name, getattr(Config, name, None))
         check(name in ignored or before == value, f"--resume: {name} was {before!r}, now {value!r}")
     return info
 

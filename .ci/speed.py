@@ -113,7 +113,7 @@ def main():
     medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {vars(options)}")
     for name, seconds in medians.items():
-        ratio = seconds / medians.get("JSAE pair", seconds)
+        ratio = seconds / medians.get("JSAE pair", float("nan"))
         print(f"{name:30} {seconds:8.4f} s {ratio:6.2f}")
 
 

@@ -1403,15 +1403,15 @@ def test_the_program_writes_numbers_figures_and_a_report(run_copy, finished, tmp
 
 
 def test_runs_that_differ_in_the_seed_only_are_one_column_and_one_point(finished, tmp_path, capsys):
-    runs = [shutil.copytree(finished, tmp_path / name) for name in ("a", "b", "c")]
-    with_settings(runs[1], seed=7, output_dir="elsewhere")
-    with_settings(runs[2], jacobian_coef=0.5)
-    for run, hoyer in zip(runs, (0.25, 0.35, 0.5)):
-        assert evaluate.main([str(run), *SMALL]) == 0
-        saved = json.loads((run / "evaluation.json").read_text())
-        saved["jacobian"]["hoyer"] = hoyer
+    options, runs = evaluate.parse([str(finished), *SMALL]), [tmp_path / name for name in "abc"]
+    saved = evaluate.evaluate(str(finished), options)
+    settings = {"seed": 7, "output_dir": "elsewhere"}, {}, {"jacobian_coef": 0.5}
+    for run, change, hoyer in zip(runs, settings, (0.25, 0.35, 0.5)):
+        run.mkdir()
+        saved |= {"config": saved["config"] | change}
+        saved["jacobian"] |= {"hoyer": hoyer}
         (run / "evaluation.json").write_text(json.dumps(saved))
-    capsys.readouterr()
+        saved["config"] |= {"seed": 0}
     plot = ["--plot", "jacobian.hoyer", "ce.y.score", "--series", "lr"]
     assert evaluate.main([*map(str, runs), "--reuse", *plot, *plot[:3]]) == 0
     out = capsys.readouterr().out

@@ -1722,18 +1722,28 @@ def snippet(word):
 
 def run_snippet(code, folder=jsae.HERE):
     environment = os.environ | {"PYTHONPATH": str(jsae.HERE)}
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, check=True, timeout=120
-    )
+    settings = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.run([sys.executable, "-c", code], check=True, timeout=120, **settings)
 
 
 @pytest.mark.parametrize("word, check", [
-    ("fraction=0.125", "assert sae_x.W_dec.grad.any() and J.shape == (64, 16, 16)"),
+    ("jacobian_coef=1.0", "assert sae_x.W_dec.grad.any() and J.shape == (64, 16, 16)"),
     ("LlamaConfig", "assert mlp.W_gate is not None and J.shape == (64, 8, 8) and J.any()"),
-    ("JacobianPenalty", "J = jsae.active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y); assert (J.abs().mean() - penalty).abs() < 1e-6 < penalty"),
+    ("JacobianPenalty", "J = jsae.active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y); assert (J.abs().mean() / penalty - 1).abs() < 1e-5"),
 ])  # fmt: skip
 def test_the_readmes_snippets_run(word, check):
     run_snippet(snippet(word) + "\nimport jsae\n" + check)
+
+
+def test_the_readmes_lines_on_how_a_penalty_is_met_run(finished):
+    code = snippet("loudest").replace(
+        "import sys,", f"import sys; sys.argv = ['', {str(finished)!r}]; import"
+    )
+    done = run_snippet(code.replace('"4000"', '"400"'))
+    found = re.search(
+        r"W_in d. ([\d.]+), .cos. ([\d.]+), .*three loudest ([\d.]+)", done.stdout, re.DOTALL
+    )
+    assert all(0 < float(number) for number in found.groups()) and float(found[2]) < 1
 
 
 def test_the_benchmark_runs_and_times_what_it_says(monkeypatch, capsys):

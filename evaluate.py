@@ -478,7 +478,7 @@ def table_rows(groups):
     for title, parts, columns in measures(groups):
         rows.append([f"{title}: {' / '.join(parts)}"])
         for group, column in zip(groups, columns):
-            cell = "{:.4g} ± {:.1g}" if len(group) > 1 else "{:.4g}"
+            cell = "{:.4g} ± {:.2g}" if len(group) > 1 else "{:.4g}"
             rows[-1].append(" / ".join(cell.format(*numbers) for numbers in zip(*column)))
     return rows
 
@@ -486,11 +486,11 @@ def table_rows(groups):
 def draw_overview(names, groups, axes):
     width = 0.8 / len(groups)
     for ax, (title, parts, columns) in zip(axes.flat, measures(groups)):
-        for n, (name, (mean, std)) in enumerate(zip(names, columns)):
-            at = np.arange(len(parts)) + (n + 0.5) * width - 0.4
-            ax.bar(at, mean, width, yerr=std, label=name)
+        for n, (mean, std) in enumerate(columns):
+            ax.bar(np.arange(len(parts)) + (n + 0.5) * width - 0.4, mean, width, yerr=std)
         ax.set_xticks(range(len(parts)), parts)
         ax.set_title(title)
+    ax.figure.legend(ax.containers[1::2], names, loc="outside upper center", ncols=2)
     return "the table as bars (figures 2, 7, 8, 33, 35, 38)"
 
 
@@ -566,15 +566,15 @@ def draw(names, groups, options, folder):
     jobs |= {"plots": (partial(draw_plots, options), groups, -(-n // 3), min(n, 3))} if n else {}
     for name, (paint, what, rows, columns) in jobs.items():
         size = min(14, 2 + 4 * columns), 1 + 2.7 * rows
-        figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="tight")
+        fig, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
         caption = paint(names if what is groups else [r["run"] for r in results], what, axes)
-        for ax in figure.axes:
+        for ax in fig.axes:
             ax.set_visible(ax.has_data())
             ax.tick_params(labelsize=7)
             if ax.get_legend_handles_labels()[0]:
                 ax.legend(fontsize=7)
-        figure.savefig(folder / f"{name}.png", dpi=120)
-        plt.close(figure)
+        fig.savefig(folder / f"{name}.png", dpi=120)
+        plt.close(fig)
         done.append((f"{name}.png", caption))
     return done
 

@@ -1417,7 +1417,7 @@ def test_runs_that_differ_in_the_seed_only_are_one_column_and_one_point(finished
     out = capsys.readouterr().out
     assert (
         f"| {runs[0]}, 2 runs | {runs[2]} |" in out
-        and "| Hoyer sparsity: J / its rows | 0.3 ± 0.07 / " in out
+        and "| Hoyer sparsity: J / its rows | 0.3 ± 0.071 / " in out
     )
     assert (tmp_path / "a" / "figures" / "plots.png").exists()
     results = [evaluate.evaluation_of(str(run), evaluate.parse([str(run), "--reuse"]))[0] for run in runs]  # fmt: skip

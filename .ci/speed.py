@@ -1,7 +1,10 @@
-"""Seconds of one training step (forward, backward, clipping, fused Adam) of the JSAE pair, of smaller and larger ones,
-of the paper's formula, and of one SAE of each peer that is installed; in turns, with the median.
+"""Seconds of one training step, in turns, with the median.
 
-python .ci/speed.py [--dtype bfloat16] [--device cuda] [--rounds 5] [--only sparsify] [--scale 1]
+    python .ci/speed.py [--dtype bfloat16] [--device cuda] [--rounds 5] [--only sparsify] [--scale 1]
+
+A step is forward, backward, clipping and fused Adam. Rows: the JSAE pair at Pythia-70m's shape; the
+same for a share of the tokens, at lambda 0, and with every size doubled; the paper's formula (dense
+latents, whole tables, autograd); one SAE of each peer that is installed.
 """
 
 import argparse
@@ -20,56 +23,73 @@ from jsae import MLP, TopKSAE, jsae_loss
 SHAPE = {"B": 4096, "d": 512, "n": 16384, "h": 2048, "k": 32}  # Pythia-70m's, R = 32
 
 
+def papers_loss(sae_x, sae_y, mlp, x, coef):
+    """Eq. 5 by dense latents, tables of all latents, a gather for each token, and autograd."""
+    y = mlp(x)
+    ((c, W),) = mlp.derivative(x)
+    loss = 0.0
+    indices = []
+    for sae, v in ((sae_x, x), (sae_y, y)):
+        acts, idx = sae.encode(v)
+        dense = torch.zeros(len(v), len(sae.W_enc), device=v.device, dtype=acts.dtype)
+        v_hat = dense.scatter(1, idx, acts) @ sae.W_dec + sae.b_dec
+        loss = loss + F.mse_loss(v_hat, v)
+        indices.append(idx.split(128))
+    left = sae_y.W_enc @ mlp.W_out
+    right = sae_x.W_dec @ W.T
+    for idx_x, idx_y, chunk in zip(*indices, c.unsqueeze(1).split(128)):
+        J = left[idx_y] @ (chunk * right[idx_x]).mT
+        loss = loss + coef * J.abs().sum() / (len(x) * J.shape[1] * J.shape[2])
+    return loss
+
+
 def pair(options, B, d, n, h, k, coef=1.0, fraction=1.0, plain=False):
-    """-> the parameters of two SAEs, and their loss on one random batch."""
-    mlp = MLP(torch.randn(h, d) / d**0.5, torch.zeros(h), torch.randn(d, h) / h**0.5, None)
-    saes, x = torch.nn.ModuleList(TopKSAE(d, n, k) for _ in "xy"), torch.randn(B, d)
-    saes, mlp, x = saes.to(options.device), mlp.to(options.device), x.to(options.device)
+    """-> the parameters of two SAEs, and a function that gives their loss on one random batch."""
+    W_in, W_out = torch.randn(h, d) / d**0.5, torch.randn(d, h) / h**0.5
+    mlp = MLP(W_in, torch.zeros(h), W_out, None).to(options.device)
+    saes = torch.nn.ModuleList(TopKSAE(d, n, k) for _ in "xy").to(options.device)
+    x = torch.randn(B, d).to(options.device)
 
-    def paper():  # dense latents, whole tables, a gather for each token, and autograd
-        loss, found = 0.0, []
-        y, ((c, W),) = mlp.linearize(x)
-        for sae, v in zip(saes, (x, y)):
-            acts, idx = sae.encode(v)
-            dense = torch.zeros(B, n, device=v.device, dtype=acts.dtype).scatter(1, idx, acts)
-            loss = loss + F.mse_loss(dense @ sae.W_dec + sae.b_dec, v)
-            found.append(idx.split(128))
-        left, right = saes[1].W_enc @ mlp.W_out, saes[0].W_dec @ W.T
-        for i_x, i_y, some in zip(*found, c.unsqueeze(1).split(128)):
-            loss = loss + (left[i_y] @ (some * right[i_x]).mT).abs().sum() / (B * k * k)
-        return loss
+    def loss():
+        if plain:
+            return papers_loss(*saes, mlp, x, coef)
+        return jsae_loss(*saes, mlp, x, coef, fraction)[0]
 
-    fast = lambda: jsae_loss(*saes, mlp, x, coef, fraction)[0]
-    return list(saes.parameters()), paper if plain else fast
+    return list(saes.parameters()), loss
 
 
 def sparsify(options, B, d, n, h, k):
-    module, x = importlib.import_module("sparsify"), torch.randn(B, d, device=options.device)
+    module = importlib.import_module("sparsify")
     sae = module.SparseCoder(d, module.SparseCoderConfig(num_latents=n, k=k), options.device)
+    x = torch.randn(B, d, device=options.device)
     return list(sae.parameters()), lambda: sae(x).fvu
 
 
 def dictionary_learning(options, B, d, n, h, k):
     module = importlib.import_module("dictionary_learning.trainers.top_k")
-    sae, x = module.AutoEncoderTopK(d, n, k), torch.randn(B, d, device=options.device)
-    return list(sae.to(options.device).parameters()), lambda: F.mse_loss(sae(x), x)
+    sae = module.AutoEncoderTopK(d, n, k).to(options.device)
+    x = torch.randn(B, d, device=options.device)
+    return list(sae.parameters()), lambda: F.mse_loss(sae(x), x)
 
 
 def sae_lens(options, B, d, n, h, k):
-    module, x = importlib.import_module("sae_lens"), torch.randn(B, d, device=options.device)
-    sizes = {"d_in": d, "d_sae": n, "k": k, "device": options.device}
-    sae = module.TopKTrainingSAE(module.TopKTrainingSAEConfig(**sizes))
-    decoded = lambda: sae.decode(sae.encode_with_hidden_pre(x)[0])
-    return list(sae.parameters()), lambda: F.mse_loss(decoded(), x)
+    module = importlib.import_module("sae_lens")
+    config = module.TopKTrainingSAEConfig(d_in=d, d_sae=n, k=k, device=options.device)
+    sae = module.TopKTrainingSAE(config)
+    x = torch.randn(B, d, device=options.device)
+    return list(sae.parameters()), lambda: F.mse_loss(
+        sae.decode(sae.encode_with_hidden_pre(x)[0]), x
+    )
 
 
-def step(options, parameters, loss_of):
+def step_of(options, parameters, loss_of):
+    """-> a function that does one training step and gives its seconds."""
     adam = torch.optim.Adam(parameters, fused=True)
-    device, low = torch.device(options.device).type, options.dtype == "bfloat16"
+    device = torch.device(options.device).type
 
-    def run():
+    def step():
         start = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16, enabled=low):
+        with torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
             loss = loss_of()
         adam.zero_grad()
         loss.backward()
@@ -78,7 +98,23 @@ def step(options, parameters, loss_of):
         parameters[0].view(-1)[0].item()  # waits for a GPU
         return time.perf_counter() - start
 
-    return run
+    return step
+
+
+def cases_of(options):
+    """-> {row: (function that makes it, sizes and settings)}."""
+    shape = {name: size // options.scale for name, size in SHAPE.items()}
+    cases = {
+        "JSAE pair": (pair, shape),
+        "1 token in 8": (pair, {**shape, "fraction": 1 / 8}),
+        "lambda 0": (pair, {**shape, "coef": 0.0}),
+        "paper's formula": (pair, {**shape, "plain": True}),
+    }
+    for name, size in shape.items():
+        cases[f"{name} {2 * size}"] = (pair, {**shape, name: 2 * size})
+    for peer in (sparsify, dictionary_learning, sae_lens):
+        cases[f"one SAE of {peer.__name__}"] = (peer, shape)
+    return {name: case for name, case in cases.items() if options.only in name}
 
 
 def main():
@@ -89,28 +125,19 @@ def main():
     parser.add_argument("--only", default="", help="only rows with this in their name")
     parser.add_argument("--scale", type=int, default=1, help="divides every size, to try it out")
     options = parser.parse_args()
-    changes = {"JSAE pair": {}, "1 token in 8": {"fraction": 1 / 8}, "lambda 0": {"coef": 0.0}}
-    changes |= {f"{name} {2 * SHAPE[name]}": {name: 2 * SHAPE[name]} for name in SHAPE}
-    changes["paper's formula"] = {"plain": True}
-    cases = {name: (pair, change) for name, change in changes.items()}
-    cases |= {
-        f"one SAE of {f.__name__}": (f, {}) for f in (sparsify, dictionary_learning, sae_lens)
-    }
+
     steps = {}
-    for name, (make, change) in cases.items():
-        sizes = {
-            key: v // options.scale if key in SHAPE else v for key, v in (SHAPE | change).items()
-        }
+    for name, (make, settings) in cases_of(options).items():
         try:
-            if options.only in name:
-                steps[name] = step(options, *make(options, **sizes))
+            steps[name] = step_of(options, *make(options, **settings))
         except ImportError as error:
             print(f"{name} is left out: {error}")
     times = {name: [] for name in steps}
-    for _ in range(1 + options.rounds):  # the first one to warm up
-        for name, run in steps.items():
-            times[name].append(run())
-    medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+    for _ in range(1 + options.rounds):
+        for name, step in steps.items():
+            times[name].append(step())
+    medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # warm
+
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {vars(options)}")
     for name, seconds in medians.items():
         ratio = seconds / medians.get("JSAE pair", float("nan"))

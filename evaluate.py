@@ -14,10 +14,12 @@ figure or equation:
     jacobian.mean_abs, .norms                   Norms
     jacobian.mass, .hoyer, .paired, ...         Concentration
     jacobian.histogram                          Histogram
-    jacobian.effective_inputs (and the hub)     EffectiveInputs
+    jacobian.effective_inputs (hub, too)        EffectiveInputs
     global                                      GlobalJacobian
     linearity                                   class_shares, change_by_one, second_derivatives
-    latents                                     OutputStrength, Edges
+    latents, examples                           OutputStrength, Edges, Examples
+    pictures                                    Pictures
+    training                                    about_run
     standard_error                              ratio
 
 A number that is not defined, such as the mean over no token, is null there. Runs that differ in the
@@ -55,7 +57,7 @@ CHUNK_BYTES = 2**24  # of the largest temporary tensor; on a GPU 32 times as man
 
 
 class Text(NamedTuple):
-    """What a pair is evaluated on.
+    """What the two SAEs are evaluated on.
 
     ids          (contexts, T)  token ids
     documents    (contexts, T)  number of the document that each token is of, from 0
@@ -97,10 +99,10 @@ def words_of(ids, tokenizer):
 def held_out_text(settings, part, model, tokenizer, n_tokens, seed) -> Text:
     """The Text with n_tokens evaluated tokens, rounded up to whole contexts.
 
-    settings: a Config that names the text; part: as of jsae.token_contexts. Text is packed into
-    contexts as in training. Of local text, MOST_TOKENS are read and contexts are drawn from them by
-    the seed, so that few tokens are of many documents; of the hub, the first ones are taken. (The
-    paper takes one context from each document.) InputError if there is less text.
+    settings: a Config that names the text; part: "held out" or "all". Text is packed into contexts
+    as in training. Of local text, MOST_TOKENS are read and contexts are drawn from them by the
+    seed, so that even a small --tokens covers many documents; of the hub, the first ones are taken.
+    (The paper takes one context from each document.) InputError if there is less text.
     """
     width = settings.context_size - 1
     n_contexts = math.ceil(n_tokens / width)
@@ -214,7 +216,7 @@ class Estimate(NamedTuple):
 
 
 def ratio(a, b) -> Estimate:
-    """r = A / B, the sums of a (D,) and b (D,) over D documents.
+    """r = A / B, the sums of a and b over documents: those D of them where a_d or b_d is not 0.
 
     Documents are drawn, not tokens, so the standard error of r is
         sqrt(D / (D - 1) sum_d (a_d - r b_d)^2) / |B|.
@@ -270,7 +272,7 @@ class Reconstruction:
     silent              latents without a positive value on all of these tokens; 0 to n_latents
     rare                latents positive on less than one token in 10^6; null below 10^6 tokens
     density             latents by the share of tokens on which they are positive: a count for each
-                        half power of ten, with lower ends 10^density_log10 (the first: from 0)
+                        half power of ten, with lower ends 10^density_log10 (the first: above 0)
     """
 
     def __init__(self, sae, n_documents):
@@ -401,7 +403,7 @@ class CrossEntropy:
         for name, y in self.replacements(tokens):
             replaced = next_token_logits_with(y, self.model, self.mlp, ids)
             self.sums.add(document, **{name: cross_entropies(replaced, targets)})
-            if name in ABLATION_OF:
+            if name in ABLATION_OF:  # a site, not an ablation
                 self.sums.add(document, **{f"kl_{name}": kl_divergences(clean, replaced)})
             del replaced  # before the next ones are made
 
@@ -433,7 +435,7 @@ class CrossEntropy:
 # ---- 4. The Jacobian -----------------------------------------------------------------------------
 #
 # Each measure is added J (B, k, k) and the Tokens that it is of. J is 0 in the rows and columns of
-# latents that ReLU cut off. A token has a pair if an element of its J is not 0.
+# latents that ReLU cut off. A token counts as paired if its J is not all 0.
 
 
 def magnitudes(J):
@@ -441,8 +443,8 @@ def magnitudes(J):
     return J.abs().double().flatten(1)
 
 
-def has_pair(A):
-    """A (B, N) -> (B,), 1.0 or 0.0: whether a token has a pair."""
+def is_paired(A):
+    """A (B, N) -> (B,), 1.0 or 0.0: whether a token is paired."""
     return A.any(1).double()
 
 
@@ -452,7 +454,7 @@ class ElementsAbove:
     thresholds         ascending
     count_above.raw    elements with |J| above each, a mean over tokens; 0 to N = k^2
     count_above.l1     the same of J divided by the L1 norm of the token's J, a mean over tokens
-                       that have a pair; changes of J's scale do not change it
+                       that are paired; changes of J's scale do not change it
     count_above.l2     the same with the L2 norm
     count_above.linf   the same with the largest |J|
     share_above        count_above / N; 0 to 1
@@ -465,7 +467,7 @@ class ElementsAbove:
 
     def add(self, J, tokens):
         A = magnitudes(J)
-        paired = has_pair(A)
+        paired = is_paired(A)
         norms = {
             "raw": torch.ones_like(paired),
             "l1": A.sum(1),
@@ -530,12 +532,13 @@ def hoyer(l1, l2, n_elements):
 class Concentration:
     """Whether few elements of J hold most of it; J's scale plays no part. N = k^2 elements.
 
-    paired        share of tokens that have a pair; the other numbers are means over these
+    paired        share of tokens that are paired; mass and hoyer are means over these
     mass          how many of the largest elements it takes to hold 50, 90, 99 % of sum |J|; 1 to N
     hoyer         Hoyer sparsity of a token's J; 0 if all |J| are equal, 1 if one alone is not 0;
                   null if k = 1
-    hoyer_pooled  the same of sum |J| and sum J^2 as means over tokens: what can be read from a
-                  histogram of all tokens' elements (figure 32)
+    hoyer_pooled  Hoyer sparsity of the elements of all tokens together: of the means over tokens of
+                  sum |J| and sum J^2, as they can be read from a histogram (figure 32); above 1 if
+                  few tokens hold most
     """
 
     SHARES = (50, 90, 99)
@@ -546,7 +549,7 @@ class Concentration:
 
     def add(self, J, tokens):
         A = magnitudes(J)
-        paired = has_pair(A)
+        paired = is_paired(A)
         l1 = A.sum(1)
         l2 = A.norm(dim=1)
         self.sums.add(
@@ -605,9 +608,9 @@ class Histogram:
 
 
 def shares_of_inputs(J, s_x):
-    """p_ij = c_ij^2 / sum_j c_ij^2, (B, k, k), with c_ij = J_ij s_x,j: what input j adds to s_y,i.
+    """p_ij = c_ij^2 / sum_j c_ij^2, (B, k, k), with c_ij = J_ij s_x,j.
 
-    f_s is nearly linear, so the c_ij of a row add up to about s_y,i. A row of zeros stays one.
+    To first order, c_ij is what input latent j adds to s_y,i. A row of zeros stays one.
     """
     c = J.double() * s_x.acts.double().unsqueeze(1)
     squares = c.square()
@@ -631,11 +634,12 @@ class EffectiveInputs:
 
     With p_ij = c_ij^2 / sum_j c_ij^2 and c_ij = J_ij s_x,j, which no rescaling of a latent changes:
 
-    value         1 / sum_j p_ij^2, a mean over pairs of a token and an active output latent with
-                  sum_j c_ij^2 > 0; from 1, one input accounts for all, to k, all do alike
-    hub           max_j of the mean of p_ij over those i of a token, a mean over tokens; from 1 / k
-                  to 1. The share of the one input that feeds most outputs: each row of J can be
-                  sparse because the same input feeds them all
+    value         effective inputs, 1 / sum_j p_ij^2: a mean over all i of all tokens, where i is an
+                  active output latent with sum_j c_ij^2 > 0; from 1, one input accounts for all, to
+                  k, all do alike
+    hub           max_j of the mean of p_ij over those i of a token; a mean over tokens that have
+                  one; from 1 / k to 1. The share of the one input that feeds most outputs: each row
+                  of J can be sparse because the same input feeds them all
     gaussian      value, with independent normal elements in place of J: what the activations alone
                   give
     hub_gaussian  hub, likewise
@@ -677,11 +681,11 @@ class EffectiveInputs:
 
 
 def rows_in_table(row_of, n_latents, tokens):
-    """Where J belongs in a table with a row for some output latents and n_latents columns.
+    """Select the rows J[b, i] whose output latent has a row in a table (R, n_latents).
 
-    row_of (n_latents,): an output latent's row, -1 if it has none. -> b, i (R,) of the rows J[b, i]
-    that belong to it, their rows in it (R,), and the places of their elements in the flattened
-    table (R, k).
+    row_of (n_latents,): an output latent's row in the table, -1 if it has none. -> b, i: which rows
+    of J, with the row of the table for each; places (.., k): the index of each element of these
+    J[b, i] in the flattened table.
     """
     latent = tokens.s_y.idx
     b, i = ((tokens.s_y.acts > 0) & (row_of[latent] >= 0)).nonzero(as_tuple=True)
@@ -726,14 +730,16 @@ class GlobalJacobian:
 
 
 class Pictures:
-    """|J| of four random tokens, drawn from the seed: the same tokens for every pair on this text.
+    """|J| of random tokens, drawn from the seed.
+
+    The same tokens for every pair that is evaluated with the same --tokens on the same contexts.
 
     token  its number
     text   the token and what stands before it
     J      |J|, rows and columns sorted by their sums, largest first
     """
 
-    N = 4
+    N = 3
 
     def __init__(self, n_tokens, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -938,8 +944,8 @@ class Linearity:
         self.row = torch.randint(sae_y.k, (n_samples,), generator=generator)
         self.column = torch.randint(sae_x.k, (n_samples,), generator=generator)
         self.rank = torch.randperm(n_samples, generator=generator)
-        self.pairs = []  # of low rank only, as they hold x
-        self.curves = []  # (rank, class, t, values) of low rank
+        self.pairs = []  # with rank < n_second, as they hold x
+        self.curves = []  # (rank, class, t, values), with rank < N_SHOWN
         self.numbers = []  # a tensor (S, 5) for each batch
 
     def add(self, tokens):
@@ -1241,7 +1247,7 @@ def model_of(run, description, from_hub):
     """-> the name or folder of the run's language model. InputError if the folder is gone."""
     if not description["model_is_local"]:
         return description["config"]["model"]
-    # a path of the machine that trained a run on the hub says nothing here
+    # from the hub: model_path is a path on the machine that trained the run, useless here
     path = description["model_path"]
     if from_hub:
         path = jsae.HERE / description["config"]["model"]
@@ -1462,14 +1468,14 @@ def lookup(result, path):
         raise InputError(f"there is no {path} in the evaluation of {result['run']}") from error
 
 
-SEED_ONLY = ("seed", "output_dir", "overwrite", "resume", "checkpoint_minutes")
+NOT_COMPARED = ("seed", "output_dir", "overwrite", "resume", "checkpoint_minutes")
 
 
 def compared(result):
     """-> {name: value} of all that must be equal where runs are merged: they differ in the seed."""
     settings = {}
     for name, value in result["config"].items():
-        if name not in SEED_ONLY:
+        if name not in NOT_COMPARED:
             settings[name] = value
     settings["penalty"] = result["penalty"]
     settings["trained text"] = result["text_sha256"]
@@ -1691,13 +1697,15 @@ def new_figure(height):
 
 
 def first_look_groups(groups):
-    """-> a traditional pair and a JSAE on the same tokens, if there are both; else the first."""
+    """-> a traditional pair and a JSAE that are alike but for lambda, if there are; else the first."""
     traditional = [group for group in groups if lambda_of(group) == 0]
     jsaes = [group for group in groups if lambda_of(group) > 0]
     for group in traditional:
         for other in jsaes:
-            names = ("text", "tokens", "seed")
-            if all(group[0][name] == other[0][name] for name in names):
+            settings = compared(group[0])
+            settings["jacobian_coef"] = lambda_of(other)
+            settings["penalty"] = other[0]["penalty"]
+            if settings == compared(other[0]):
                 return [group, other]
     return groups[:1]
 
@@ -1774,6 +1782,8 @@ def draw_effective_inputs(ax, groups):
 def differs(values):
     """Whether the numbers of the groups, a list of lists, differ by more than 1 % anywhere."""
     for of_groups in zip(*values):
+        if set(of_groups) == {None}:
+            continue
         if None in of_groups or max(of_groups) - min(of_groups) > 0.01 * max(map(abs, of_groups)):
             return True
     return False
@@ -1796,7 +1806,7 @@ def draw_overview(groups, labels):
     for ax, (row, columns) in zip(axes, panels):
         places = np.arange(len(row.paths))
         for n, (label, column) in enumerate(zip(labels, columns)):
-            heights = [value or 0 for value, _ in column]
+            heights = [math.nan if value is None else value for value, _ in column]
             errors = [error or 0 for _, error in column]
             left = places - 0.4 + n * width
             ax.bar(left, heights, width, yerr=errors, align="edge", label=label)
@@ -2066,7 +2076,8 @@ def make_parser():
     for field in dataclasses.fields(Options):
         about = field.metadata
         default = getattr(Options(), field.name)
-        text = f"{about['text']} (default: {default or 'none'})"
+        shown = "none" if default in ("", ()) else default
+        text = f"{about['text']} (default: {shown})"
         if isinstance(default, tuple):
             numbers = {tuple[int, ...]: int, tuple[float, ...]: float}
             group.add_argument(flag(field.name), type=numbers[field.type], nargs="+", help=text)
@@ -2167,12 +2178,13 @@ def evaluate_by_command(argv):
         jsae.write_file(folder / "figures" / name, png)
     page = report(groups, labels, cells, figures)
     jsae.write_file(folder / "report.html", page.encode())
+    print(f"report: {folder / 'report.html'}")
     if not figures:
         raise InputError("figures need matplotlib: pip install matplotlib")
-    print(f"report: {folder / 'report.html'}")
 
 
 def main(argv=None) -> int:
+    """-> exit status: 0, 2 after one line about what was given, 130 after Ctrl-C."""
     return jsae.run_program("evaluate.py", evaluate_by_command, argv)
 
 

@@ -1609,7 +1609,7 @@ def test_pictures_are_of_the_same_tokens_under_every_pair_and_sorted():
             measure.add(scale * J[part], evaluate.part_of(tokens, part))
         shown.append(measure.result(text, None))
     one, two = shown
-    assert [p["token"] for p in one] == [p["token"] for p in two] and len(one) == 4
+    assert [p["token"] for p in one] == [p["token"] for p in two] and len(one) == 3
     for picture in one:
         A = np.array(picture["J"])
         assert (np.diff(A.sum(0)) <= 1e-9).all() and (np.diff(A.sum(1)) <= 1e-9).all()
@@ -2179,6 +2179,17 @@ def test_the_overview_shows_only_what_differs(evaluated):
     assert shown == ["mean |J|", "Hoyer sparsity of J"]
     assert "figure" not in caption  # neither of these is one of the paper
     assert evaluate.draw_overview(groups[:1], ["a"]) is None
+    undefined = evaluate.grouped(variants(evaluated, {"training": None, "jacobian.hoyer": None}))
+    assert evaluate.draw_overview(undefined, ["a"]) is None
+
+
+def test_an_undefined_number_has_no_bar(evaluated):
+    results = variants(evaluated, {"jacobian.hoyer": None}, {"config.jacobian_coef": 0.0})
+    figure, _ = evaluate.draw_overview(evaluate.grouped(results), ["a", "b"])
+    (panel,) = [ax for ax in figure.axes if ax.get_title() == "Hoyer sparsity of J"]
+    undefined, defined = [bar.get_height() for bar in panel.patches]
+    assert math.isnan(undefined)
+    assert defined > 0
 
 
 def test_the_overview_names_the_figures_of_its_panels(evaluated):
@@ -2192,7 +2203,8 @@ def test_the_overview_names_the_figures_of_its_panels(evaluated):
 
 def test_the_first_look_is_of_a_traditional_pair_and_a_jsae_on_the_same_tokens(evaluated):
     traditional = {"config.jacobian_coef": 0.0}
-    results = variants(evaluated, {}, traditional | {"tokens": 5}, traditional | {"config.k": 9})
+    other_layer = {**traditional, "config.layer": 2}
+    results = variants(evaluated, {}, other_layer, {**traditional, "config.seed": 9})
     groups = evaluate.grouped(results)
     shown = evaluate.first_look_groups(groups)
     assert [group[0]["run"] for group in shown] == ["runs/c", "runs/a"]
@@ -2378,8 +2390,6 @@ def test_an_mlp_that_differs_on_this_text_is_refused(run_copy, tmp_path, monkeyp
 def test_without_matplotlib_the_numbers_and_the_report_are_there(
     run_copy, evaluated, monkeypatch, capsys
 ):
-    import sys
-
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     (run_copy / "evaluation.json").write_text(evaluated)

@@ -265,7 +265,7 @@ class Reconstruction:
     """How well one SAE reconstructs v, which is x or y (Appendix E, figures 4, 21, 23 to 26).
 
     mse                 mean of (v_hat - v)^2 over all elements; from 0
-    fvu                 sum of (v_hat - v)^2 / sum of (v - mean v)^2, over all elements; 0 is perfect
+    fvu                 sum of (v_hat - v)^2 / sum of (v - mean v)^2, over all elements; 0: perfect
     explained_variance  1 - fvu; 1 is perfect (Appendix E words it as fvu)
     cosine              mean over tokens of the cosine of v and v_hat; -1 to 1
     active              latents with a positive value, per token; 0 to k
@@ -619,7 +619,7 @@ def shares_of_inputs(J, s_x):
 
 
 def gaussian_jacobian(tokens, seed):
-    """Normal elements in place of J (B, k, k), drawn from the seed and each token's number alone."""
+    """Normal elements in place of J (B, k, k), drawn from the seed and each token's number."""
     k_y = tokens.s_y.acts.shape[1]
     k_x = tokens.s_x.acts.shape[1]
     drawn = []
@@ -1697,7 +1697,7 @@ def new_figure(height):
 
 
 def first_look_groups(groups):
-    """-> a traditional pair and a JSAE that are alike but for lambda, if there are; else the first."""
+    """-> a traditional pair and a JSAE that are alike but for lambda, or the first alone."""
     traditional = [group for group in groups if lambda_of(group) == 0]
     jsaes = [group for group in groups if lambda_of(group) > 0]
     for group in traditional:

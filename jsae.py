@@ -13,7 +13,8 @@ output y of one transformer MLP f, and with them the map f_s from the latents of
      '-----e_x------ x ---f----> y -----e_y------'       f_s = e_y . f . d_x . tau_k      (Eq. 3)
 
 Its Jacobian J has at most k x k non-zero elements per token. TopK makes s_x and s_y sparse, and a
-penalty makes J sparse, so that few input latents compute each output latent. Mean over tokens of
+penalty makes J sparse, so that few input latents compute each output latent. The loss is the mean
+over tokens of
 
     L = MSE(x, x_hat) + MSE(y, y_hat) + lambda / k^2 * sum_ij |J_ij|                      (Eq. 5)
 
@@ -37,7 +38,7 @@ J[b, i, j] is the derivative of output latent s_y.idx[b, i] in input latent s_x.
     python jsae.py --help                                      every setting
 
 Sections 1 to 3 are the method and can be copied, with the imports, as one block (MLP.from_model
-and MLP.from_module call section 9). Section 4 is the same loss in a fraction of the time and memory.
+and MLP.from_module call section 9). Section 4 is the same loss in less time and memory.
 Sections 5 to 10 are what a training run needs: settings, activations, training, the run folder,
 finding the MLP, the command line. test_active_jacobian_equals_torch_func_jacrev in test_jsae.py
 compares J with autodiff: taken at x_hat, it is the derivative of f_s as Eq. 3 has it; taken at x
@@ -232,7 +233,11 @@ class MLP(nn.Module):
 
     @classmethod
     def from_module(cls, module) -> "MLP":
-        """The MLP that module(x) computes. ValueError if it is not one dense MLP."""
+        """The MLP inside a module that takes x, from its readers' input to its writer's output.
+
+        What the module does outside it, such as adding x, is not part of it. ValueError if there is
+        no single dense one.
+        """
         return mlp_of_module(module)
 
 
@@ -308,7 +313,8 @@ class ChosenProducts(torch.autograd.Function):
     Let r = weighted_rows(w, W, idx). Backpropagating x, as if it were dr, through r gives
 
         dw[b, i] = x[b] . W[idx[b, i]], which is z (for any w, as r is linear in w);
-        dW = the sum of w[b, i] x[b] over the rows' uses, which for w = dz is the gradient of W in z.
+        dW[n] = the sum of w[b, i] x[b] over all b, i with idx[b, i] = n, which for w = dz is the
+        gradient that z passes on to W.
 
     PyTorch has fast kernels for both.
     """
@@ -360,9 +366,9 @@ class PenaltySum(torch.autograd.Function):
         J = A D^T                      (Eq. 16, 29)
         dA = S D,  dD = S^T A          with S = d penalty(J) / dJ (k_y, k_x).
 
-    dA is added to the rows rows_y of dT_y, c * dD to the rows rows_x of dT_x. S comes from autograd,
-    as J is small: penalty may be any function of one token's J. All this is done in the forward
-    pass, a chunk of tokens at a time; the backward pass only scales dT_y and dT_x.
+    dA is added to the rows rows_y of dT_y, c * dD to the rows rows_x of dT_x. S comes from
+    autograd, as J is small: penalty may be any function of one token's J. All this is done in the
+    forward pass, a chunk of tokens at a time; the backward pass only scales dT_y and dT_x.
     """
 
     @staticmethod
@@ -433,9 +439,9 @@ def fast_penalty(sae_x, sae_y, mlp, x, s_x, s_y, penalty=l1, dtype=None):
 def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0, penalty=l1):
     """plain_jsae_loss in a fraction of its time and memory. x (B, d_model) -> (loss, parts).
 
-    parts, all detached: mse_x, mse_y, the Latents s_x and s_y, and parts["penalty"], absent if
-    jacobian_coef is 0: the mean of penalty(J) over a random share of the tokens, jacobian_fraction,
-    which is an unbiased estimate of the mean over all.
+    parts, all detached: mse_x, mse_y, the Latents s_x and s_y and, unless jacobian_coef is 0,
+    "penalty": the mean of penalty(J) over a random share jacobian_fraction of the tokens, which is
+    an unbiased estimate of the mean over all.
     """
     x = x.detach().to(sae_x.W_enc.dtype)
     y = mlp(x).to(x.dtype)
@@ -481,10 +487,13 @@ class Config:
     """A run's settings, saved with it. The defaults are the paper's for Pythia-70m, layer 3.
 
     batch_size counts tokens, as the authors' code does (Appendix D says sequences).
+
     randomize_weights is the control of section 5.3. init: every parameter is drawn anew as by the
     model's own initialiser; shuffle: the entries of every parameter are permuted; paper, what the
     authors' code does: every parameter of two or more dimensions is normal with std
-    0.8 / sqrt(d_model), the rest is kept. InputError if a value is not one of its choices, or a number is out of its bounds.
+    0.8 / sqrt(d_model), the rest is kept.
+
+    InputError if a value is not one of its choices, or a number is out of its bounds.
     """
 
     model: str = setting("EleutherAI/pythia-70m", "model", "hub id or folder of a causal LM")
@@ -496,7 +505,7 @@ class Config:
         "monology/pile-uncopyrighted",
         "text",
         "hub data set NAME or NAME:CONFIG, streamed; stdlib: the sources of Python's own library; "
-        "or a file or folder of .txt, .jsonl, .jsonl.zst, .parquet or .arrow, with text or input_ids",
+        "or a file or folder of .txt, .jsonl, .jsonl.zst, .parquet, .arrow with text or input_ids",
     )
     split: str = setting("train", "text", "split of a hub data set")
     context_size: int = setting(2048, "text", "tokens per context, at most the model's", least=2)
@@ -598,7 +607,7 @@ def local_path(name):
 
 
 def choose_device(name):
-    """auto: the GPU if there is one, else the CPU. cuda: the one that torchrun gives this process."""
+    """auto: cuda if there is a GPU, else cpu. cuda: the GPU that torchrun gives this process."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -655,7 +664,10 @@ def load_tokenizer(config):
 
 
 def special_id(name, tokenizer, model):
-    """bos_token_id or eos_token_id of the tokenizer, without one of the model's settings; or None."""
+    """The tokenizer's id of that name or, if tokenizer is None, the one in the model's settings.
+
+    name: bos_token_id or eos_token_id. None if there is no such id.
+    """
     if tokenizer is not None:
         return getattr(tokenizer, name)
     found = getattr(model.config.get_text_config(decoder=True), name, None)
@@ -663,7 +675,7 @@ def special_id(name, tokenizer, model):
 
 
 def stdlib_files():
-    """-> (folder of Python's own library, its files' names in an order that mixes their subjects)."""
+    """-> (folder of Python's own library, its files' names in an order that mixes subjects)."""
     root = Path(os.__file__).parent
     names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
     names = [name for name in names if "-packages/" not in name]  # not what pip installed
@@ -776,7 +788,7 @@ def token_contexts(config, model, part, rank=0, world=1, n_pieces=None):
 
 
 def training_contexts(config, model, rank, world, skip):
-    """Yield contexts to train on, but for the first `skip`; local text begins again when it ends."""
+    """Yield contexts to train on, without the first `skip`; local text begins again at its end."""
     if skip and rank == 0:
         tqdm.write(f"reading the text again, up to context {skip:,}", sys.stderr)
     is_local = config.dataset == "stdlib" or local_path(config.dataset) is not None
@@ -852,17 +864,20 @@ def activation_batches(config, model, mlp, done=0, rank=0, world=1):
     sizes = [min(config.buffer_batches, n_batches - first) for first in first_batches]  # in batches
     n_contexts = [math.ceil(batch_size * size / width) for size in sizes]
 
-    filling = done // config.buffer_batches  # number of the filling to go on with
-    skip = done % config.buffer_batches  # of its batches, those that are done
-    contexts = training_contexts(config, model, rank, world, skip=sum(n_contexts[:filling]))
-    token_ids = one_ahead(np.stack([*itertools.islice(contexts, n)]) for n in n_contexts[filling:])
+    first_filling = done // config.buffer_batches  # the one to go on with
+    done_in_it = done % config.buffer_batches
+    n_skipped = sum(n_contexts[:first_filling])
+    contexts = training_contexts(config, model, rank, world, n_skipped)
+    token_ids = one_ahead(
+        np.stack([*itertools.islice(contexts, n)]) for n in n_contexts[first_filling:]
+    )
     buffer = torch.empty(max(n_contexts), width, mlp.W_in.shape[1], device=model.device)
     at_a_time = max(1, 2**13 // config.context_size)  # contexts in a forward pass
     autocast = autocast_of(config, model.device)
-    for n, ids in enumerate(token_ids):
+    for filling, ids in enumerate(token_ids, first_filling):
         ids = torch.from_numpy(ids).to(model.device)  # (contexts, context_size)
         with autocast():
-            if n == 0:
+            if filling == first_filling:
                 check_mlp(model, mlp, ids[:1])
             for i in range(0, len(ids), at_a_time):
                 x = mlp_inputs(model, mlp, ids[i : i + at_a_time])
@@ -872,10 +887,8 @@ def activation_batches(config, model, mlp, done=0, rank=0, world=1):
             raise InputError(f"NaN or Inf among the inputs x of layer {config.layer}'s MLP")
         order = np.random.default_rng([config.seed, rank, filling]).permutation(len(rows))
         chosen_rows = torch.from_numpy(order).to(model.device).split(batch_size)
-        for chosen in chosen_rows[skip:]:
+        for chosen in chosen_rows[done_in_it if filling == first_filling else 0 :]:
             yield rows[chosen]
-        filling += 1
-        skip = 0
 
 
 # ---- 7. Training ---------------------------------------------------------------------------------
@@ -896,7 +909,7 @@ class Pair(nn.Module):
 
     @torch.no_grad()
     def finish_step(self, parts, tokens):
-        """After the optimizer's step, with what jsae_loss returned: unit norm, latents that fired."""
+        """Set decoder norms to 1 and note which latents fired. parts: what jsae_loss returned."""
         self.sae_x.set_decoder_norm_to_one()
         self.sae_y.set_decoder_norm_to_one()
         for side, s in enumerate((parts["s_x"], parts["s_y"])):
@@ -904,7 +917,7 @@ class Pair(nn.Module):
         self.step += 1
 
     def dead_latents(self, tokens):
-        """-> [of x, of y]: latents without a positive value in the last 10M tokens (or so far).
+        """-> [of x, of y]: how many latents had no value above 0 in the last 10M tokens or so far.
 
         Appendix E counts latents that TopK did not choose.
         """
@@ -985,17 +998,19 @@ def fitted(config, model, mlp, world):
 
 
 def train(config: Config, penalty=l1) -> Path:
-    """Train a pair of SAEs -> the run's folder. penalty: a function of J (tokens, k, k) -> (tokens,).
+    """Train a pair of SAEs -> the run's folder. penalty: of J (tokens, k, k) -> (tokens,).
 
     Under torchrun each process takes its share of the text and its part of every batch; the first
     one measures and writes. train seeds torch's global generator. An InputError (bad setting, text
     or number) or a KeyboardInterrupt in the first process saves a checkpoint, so that --resume
-    loses no step; after any other error it goes on from the last checkpoint.
+    loses no step; after any other error --resume goes on from the last checkpoint.
     """
     rank, world = process_number()
     if world > 1 and not distributed.is_initialized():
         distributed.init_process_group()
     model = load_language_model(config)
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # for barrier(), which is given none
     mlp = MLP.from_model(model, config.layer)
     config = fitted(config, model, mlp, world)
     folder = Path(config.output_dir)
@@ -1149,7 +1164,9 @@ def read_description(folder):
     except (OSError, ValueError, TypeError):
         return {}
     if is_run and "penalty" not in saved:
-        raise InputError(f"{folder} was written by an earlier version of jsae.py: train it again")
+        raise InputError(
+            f"{folder} is a run of an earlier version of jsae.py: train it again elsewhere"
+        )
     return saved if is_run else {}
 
 
@@ -1246,7 +1263,7 @@ def saved_when_stopped(folder, pair, adam, rank):
             save_checkpoint(folder, pair, adam)
         if isinstance(error, InputError):
             raise InputError(f"step {done + 1}: {error}{hint}") from error
-        # train_by_command raises it with the signal's number, run_program prints what is second
+        # its arguments: the signal's number (none for a plain Ctrl-C), a line for run_program
         number = error.args[0] if error.args else signal.SIGINT
         raise KeyboardInterrupt(number, f"stopped at step {done}{hint}") from error
 
@@ -1359,7 +1376,7 @@ class LinearCall(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """What may be an MLP: its weights in the order of MLP's arguments, and the modules they are of."""
+    """What may be an MLP: its weights in the order of MLP's arguments, and their modules."""
 
     weights: tuple
     readers: list
@@ -1393,7 +1410,7 @@ def mlp_of_model(model, layer):
 
 
 def mlp_of_module(module):
-    """The MLP that module(x) computes. InputError if it is not one dense MLP."""
+    """The MLP inside module(x). InputError if there is no single dense one."""
     name = type(module).__name__
     maps = [m for m in module.modules() if isinstance(m, LINEAR)]
     if not maps:
@@ -1412,7 +1429,7 @@ def mlp_of_module(module):
 
 @torch.no_grad()
 def called_blocks(model, run):
-    """-> the largest nn.ModuleList of which run() calls every module: the blocks that text enters."""
+    """-> the largest nn.ModuleList of which run() calls every module: the blocks of the text."""
     called = set()
 
     def note(module, args):
@@ -1536,7 +1553,7 @@ def activations_of(block):
 
 
 def varies(v):
-    """Whether v (..., d) is finite and differs between tokens; where it is 0, anything fits."""
+    """Whether v (..., d) is finite and differs between tokens: a constant y fits to many MLPs."""
     rows = v.flatten(0, -2)
     return bool(rows.isfinite().all()) and bool((rows != rows[0]).any())
 

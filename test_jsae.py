@@ -1,4 +1,4 @@
-"""Tests of jsae.py and evaluate.py. No network; under four minutes on two cores.
+"""Tests of jsae.py and evaluate.py. No network; two and a half minutes on two cores.
 
     python -m pytest                                    all of them
     python -m pytest -k "mathematics or jacrev"         the method alone, sections 1 to 4: seconds

@@ -551,7 +551,8 @@ class Config:
 
 DEMO = {  # in place of the defaults above when no --model is given
     "model": "assets/tiny-pythia",
-    "layer": 2,
+    "layer": 0,
+    "jacobian_coef": 0.3,
     "dataset": "stdlib",
     "context_size": 256,
     "k": 16,
@@ -1675,7 +1676,7 @@ def train_by_command(argv):
             # the first process saves and ends; torchrun then ends the others
             signal.signal(number, stop if rank == 0 else signal.SIG_IGN)
     if rank == 0:
-        shown = [*DEMO, "jacobian_coef", "output_dir"]
+        shown = [*DEMO, "output_dir"]
         print("settings:", ", ".join(f"{name} {getattr(config, name)}" for name in shown))
     folder = train(config)
     if world > 1:

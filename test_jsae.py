@@ -641,6 +641,24 @@ def test_long_documents_are_cut_into_pieces_of_which_every_20th_is_held_out(conf
     assert joined.startswith(text_of(contexts_of(one))[: 2**20])
 
 
+def test_the_bundled_model_was_rescaled_exactly():
+    """Multiplied back by 4, with eps times 16, it is the model that was trained: the same logits."""
+    script = module_from_file(TINY / "train.py")
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    ids = random_ids(2, 64, n_words=2560)
+    layer = model.gpt_neox.layers[1]
+    with torch.no_grad():
+        balanced = model(ids).logits
+        y = layer.mlp(torch.ones(1, 256))
+        script.rescale(model, 1 / script.SCALE)
+        as_trained = model(ids).logits
+        y_as_trained = layer.mlp(torch.ones(1, 256))
+
+    assert torch.equal(balanced, as_trained)
+    assert torch.equal(4 * y, y_as_trained)
+    assert model.config.layer_norm_eps == layer.input_layernorm.eps == 1e-5
+
+
 def test_stdlib_holds_out_by_path_what_the_bundled_model_was_not_trained_on():
     root, names = jsae.stdlib_files()
     held_out = [name for name in names if zlib.crc32(name.encode()) % 20 == 0]

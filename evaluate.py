@@ -1730,20 +1730,25 @@ def draw_first_look(groups):
 
 
 def draw_pictures(figure, groups):
-    """A row for each group: |J| of three tokens, on one scale (figures 2, 30, 31)."""
-    elements = [picture["J"] for picture in groups[0][0]["pictures"][:3]]
-    darkest = np.quantile(np.array(elements), 0.98)  # else one element would hide the rest
-    axes = figure.subplots(len(groups), len(elements), squeeze=False)
+    """A row for each group: |J| of three tokens (figures 2, 30, 31), on the group's own scale.
+
+    On a common scale a smaller J would look sparser than it is.
+    """
+    n_tokens = len(groups[0][0]["pictures"][:3])
+    axes = figure.subplots(len(groups), n_tokens, squeeze=False)
     for group, row in zip(groups, axes):
+        pictures = group[0]["pictures"][:n_tokens]
+        elements = np.array([picture["J"] for picture in pictures])
+        darkest = np.quantile(elements, 0.98)  # else one element would hide the rest
         row[0].set_ylabel(kind_of(group))
-        for ax, picture in zip(row, group[0]["pictures"]):
+        for ax, picture in zip(row, pictures):
             image = ax.imshow(picture["J"], vmin=0, vmax=darkest or 1, cmap="Blues")
             ax.set_xticks([])
             ax.set_yticks([])
+        figure.colorbar(image, ax=row, shrink=0.8, aspect=15, extend="max", label="|J|")
     for ax, picture in zip(axes[0], groups[0][0]["pictures"]):
         ax.set_title(f"at “{picture['text'].strip()[-14:]}”", fontsize=9)
-    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, extend="max")
-    bar.set_label("|J|: a row is an output latent, a column an input latent")
+    axes[-1, 0].set_xlabel("a row: an output latent\na column: an input latent", fontsize=8)
 
 
 def draw_shares_above(ax, groups):
@@ -1755,7 +1760,7 @@ def draw_shares_above(ax, groups):
         ax.plot(thresholds, above, label=kind_of(group))
     ax.set(xscale="log", xlabel="threshold", ylim=(0, 1))
     ax.set_title("share of elements with |J| above a threshold", fontsize=9)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="upper right")
 
 
 def draw_effective_inputs(ax, groups):

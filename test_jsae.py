@@ -23,6 +23,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -3023,12 +3024,11 @@ def test_uv_installs_what_requirements_txt_names():
     assert json.loads(named) == [name for name in packages if name not in for_tests_and_figures]
 
 
-SNIPPETS = (jsae.HERE / "README.md").read_text().split("```python\n")[1:]
-
-
 def snippet(word):
-    """The README's Python in which the word stands."""
-    (found,) = [text.split("```")[0] for text in SNIPPETS if word in text.split("```")[0]]
+    """The one piece of Python in README.md and RESULTS.md in which the word stands."""
+    texts = [jsae.HERE / "README.md", jsae.HERE / "assets" / "RESULTS.md"]
+    pieces = "\n".join(path.read_text() for path in texts).split("```python\n")[1:]
+    (found,) = [piece.split("```")[0] for piece in pieces if word in piece.split("```")[0]]
     return found
 
 
@@ -3062,6 +3062,25 @@ def test_the_readmes_snippet_of_another_penalty_trains(tmp_path):
     assert saved["penalty"] == "row_sparsity"
 
 
+def test_the_ratio_penalties_of_the_results_take_a_row_of_zeros(tmp_path):
+    definitions = snippet("rows_and_columns").split("\nfor penalty in")[0]
+    (tmp_path / "penalties.py").write_text(definitions)
+    penalties = module_from_file(tmp_path / "penalties.py")
+    J = normal(5, 4, 4)
+    J[1, 2] = 0  # an output latent that is not active
+    J[2, :, 3] = 0
+    J[3] = 0
+    J.requires_grad_()
+    for penalty in (penalties.rows, penalties.rows_and_columns):
+        value = penalty(J)
+        torch.testing.assert_close(value, penalty(3 * J))  # which no scale changes
+        (gradient,) = torch.autograd.grad(value.sum(), J)
+        assert value.shape == (5,)
+        assert gradient.isfinite().all()
+    assert penalties.rows(torch.eye(4)[None]) == 1 / 4
+    assert penalties.rows(torch.ones(1, 4, 4)) == 1 / 2
+
+
 def test_sae_lens_opens_the_folders_and_what_it_saves_comes_back(run_copy):
     sae_lens = pytest.importorskip("sae_lens")
     *saes, config = jsae.load_run(run_copy)
@@ -3093,6 +3112,182 @@ def test_sparsify_opens_what_the_readmes_lines_write(run_copy):
         ours = sae.encode(x)
         assert torch.equal(idx.sort().values, ours.idx.sort().values)
         torch.testing.assert_close(theirs.decode(acts, idx), sae(x), rtol=0, atol=1e-5)
+
+
+# delphi's engine for local LLMs is imported with the rest of it, but never called here.
+VLLM = {
+    "vllm": {"LLM": None, "SamplingParams": None},
+    "vllm.distributed": {},
+    "vllm.distributed.parallel_state": {
+        "destroy_distributed_environment": None,
+        "destroy_model_parallel": None,
+    },
+    "vllm.inputs": {"TokensPrompt": None},
+}
+
+
+@pytest.fixture
+def interpreted(tmp_path, monkeypatch):
+    """-> a function that has a client judge a run by the lines of RESULTS.md, and the run."""
+    pytest.importorskip("delphi")
+    for name, contents in VLLM.items():
+        module = types.ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    (tmp_path / "interpret.py").write_text(snippet("delphi"))
+    interpret = module_from_file(tmp_path / "interpret.py")
+
+    sizes = {"tokens": 61440, "checkpoint_minutes": 60}
+    run = jsae.train(Config(**{**jsae.DEMO, **sizes}, output_dir=str(tmp_path / "run")))
+
+    def judged_by(client, *args):
+        settings = ["--latents", "20", "--tokens", "25500", "--min-examples", "20", *args]
+        interpret.main([str(run), *settings], client)
+        return json.loads((run / "interpretability.json").read_text())
+
+    return judged_by, run
+
+
+class MarkedText:
+    """What delphi must show, from our own activations: windows of 32 tokens, marked at >= .3 max."""
+
+    def __init__(self, run):
+        opened = evaluate.open_run(run, evaluate.Options())
+        self.tokenizer = opened.tokenizer
+        self.text = evaluate.held_out_text(
+            opened.settings, opened.part, opened.model, opened.tokenizer, 25500, 0
+        )
+        words = self.tokenizer.batch_decode(self.text.ids.reshape(-1, 1))
+        self.words = [words[n : n + 32] for n in range(0, len(words), 32)]
+        self.saes = {"x": opened.sae_x, "y": opened.sae_y}
+        self.acts = {}
+        with torch.no_grad():
+            x = opened.model.gpt_neox.embed_in(self.text.ids)
+            x = opened.model.gpt_neox.layers[0].post_attention_layernorm(x)  # of layer 0
+            for side, site in (("x", x), ("y", opened.mlp(x))):
+                s = self.saes[side].encode(site.flatten(0, 1))
+                acts = torch.zeros(len(s.acts), len(self.saes[side].W_enc))
+                acts = acts.scatter(1, s.idx, s.acts).view(*self.text.ids.shape, -1)
+                acts[:, 0] = 0
+                self.acts[side] = acts.view(-1, 32, acts.shape[-1])  # (windows, 32, n_latents)
+
+    def windows(self, side, latent):
+        return [n for n, acts in enumerate(self.acts[side][:, :, latent]) if acts.any()]
+
+    def marked(self, side, latent, window):
+        acts = self.acts[side][window, :, latent].tolist()
+        text = ""
+        for important, tokens in itertools.groupby(
+            zip(acts, self.words[window]), lambda token: token[0] >= 0.3 * max(acts)
+        ):
+            piece = "".join(word for _, word in tokens)
+            text += f"<<{piece}>>" if important else piece
+        return text
+
+    def chosen(self, side, n_latents=20, least=20):
+        """-> the latents that the script must take, in its order, and how many it leaves out."""
+        n = len(self.saes[side].W_enc)
+        drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        taken = []
+        left_out = {}
+        for latent in drawn[: 2 * n_latents].tolist():
+            found = len(self.windows(side, latent))
+            if len(taken) == n_latents:
+                break
+            if found == 0:
+                why = "silent"
+            elif found < least:
+                why = "rare"
+            elif len(self.words) - found < 50:
+                why = "in every window"
+            else:
+                taken.append(latent)
+                continue
+            left_out[why] = left_out.get(why, 0) + 1
+        return taken, left_out
+
+
+class ScriptedClient:
+    """In place of an LLM: explains a latent by its number and judges by `answer(name, text)`."""
+
+    def __init__(self, marked, answer):
+        self.names = [(side, latent) for side in "xy" for latent in marked.chosen(side)[0]]
+        self.answer = answer
+        self.explained = []
+        self.judged = []
+
+    async def generate(self, prompt, **kwargs):
+        from delphi.clients.client import Response
+
+        question = prompt[-1]["content"]
+        if not question.startswith("Latent explanation: "):
+            name = self.names[len(self.explained)]
+            self.explained.append(question)
+            return Response(f"[EXPLANATION]: {name[0]} {name[1]}")
+        side, latent = question.split("\n")[0].split()[2:]
+        examples = question.split("Text examples:\n\n")[1].removesuffix("\n")
+        texts = re.split(r"(?:^|\n)Example \d: ", examples)[1:]
+        self.judged += [(side, int(latent), text) for text in texts]
+        return Response(str([int(self.answer(side, int(latent), text)) for text in texts]))
+
+
+def scores_of(results):
+    return [latent["score"] for side in "xy" for latent in results[side]["latents"]]
+
+
+def test_delphi_shows_the_latents_where_they_are_active_and_counts_the_rest(interpreted):
+    judged_by, run = interpreted
+    marked = MarkedText(run)
+    true = {
+        (side, latent): {marked.marked(side, latent, n) for n in marked.windows(side, latent)}
+        for side in "xy"
+        for latent in marked.chosen(side)[0]
+    }
+
+    client = ScriptedClient(marked, lambda side, latent, text: text in true[side, latent])
+    results = judged_by(client)
+    assert scores_of(results) == [1.0] * 40
+    for side in "xy":
+        latents, left_out = marked.chosen(side)
+        assert [one["latent"] for one in results[side]["latents"]] == latents
+        assert results[side]["left_out"] == left_out
+        assert not any(one["not_understood"] for one in results[side]["latents"])
+
+    share = {}  # of true examples among those shown
+    for side, latent, text in client.judged:
+        share.setdefault((side, latent), []).append(text in true[side, latent])
+    always = scores_of(judged_by(ScriptedClient(marked, lambda *example: True)))
+    assert always == pytest.approx([statistics.mean(shown) for shown in share.values()])
+    rng = np.random.default_rng(0)
+    guessed = scores_of(judged_by(ScriptedClient(marked, lambda *example: rng.random() < 0.5)))
+    assert abs(statistics.mean(guessed) - 0.5) < 4 * 0.5 / len(client.judged) ** 0.5
+
+
+def test_delphi_explains_latents_by_the_text_that_evaluate_shows(interpreted):
+    judged_by, run = interpreted
+    marked = MarkedText(run)
+    client = ScriptedClient(marked, lambda *example: True)
+    judged_by(client)
+    compared = 0
+    for (side, latent), question in zip(client.names, client.explained):
+        if len(marked.windows(side, latent)) >= 50:
+            continue  # delphi shows a sample of them
+        sae = marked.saes[side]
+        examples = evaluate.Examples([latent])
+        acts = marked.acts[side].view(*marked.text.ids.shape, -1)[:, 1:].flatten(0, 1)
+        s = jsae.Latents(*acts.topk(sae.k))
+        examples.add(marked.text.ids, s)
+        best = examples.result(marked.tokenizer)[latent][0]
+        word = best["tokens"][int(np.argmax(best["acts"]))]
+        largest = marked.acts[side][:, :, latent].amax(1).argmax().item()
+        assert marked.acts[side][largest, :, latent].max().item() == pytest.approx(
+            best["max"], abs=1e-3
+        )
+        shown = marked.marked(side, latent, largest)
+        assert shown in question
+        assert any(word in piece for piece in re.findall(r"<<(.*?)>>", shown, re.DOTALL))
+        compared += 1
+    assert compared >= 5
 
 
 def test_the_benchmark_runs_and_times_what_it_says(monkeypatch, capsys):

@@ -3081,6 +3081,17 @@ def test_the_ratio_penalties_of_the_results_take_a_row_of_zeros(tmp_path):
     assert penalties.rows(torch.ones(1, 4, 4)) == 1 / 2
 
 
+def test_the_lines_of_the_results_on_a_small_jacobian_print_its_factors(run_copy):
+    code = snippet("constant share").replace("10_000", "200")
+    code = code.replace(
+        "import sys\n", f"import sys\nsys.argv[1:] = ['f.png', {str(run_copy)!r}]\n"
+    )
+    code += "\nassert 0.5 < numbers['reading'] < 2 and 0 < numbers['constant share'] < 1"
+    out = run_snippet(code, run_copy).stdout
+    assert out.startswith(str(run_copy))
+    assert (run_copy / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_sae_lens_opens_the_folders_and_what_it_saves_comes_back(run_copy):
     sae_lens = pytest.importorskip("sae_lens")
     *saes, config = jsae.load_run(run_copy)

@@ -2001,6 +2001,27 @@ span { background: rgba(255, 140, 0, var(--share)) }
 """
 
 
+ROWS_EXPLAINED = """\
+explained variance: of x and y, by their SAEs; 1 is perfect
+CE loss score: of the language model's predictions with x, y, or the path from x to y replaced by
+    what the SAEs make of it; 1: as good as without, 0: as bad as with zeros; KL: lower is better
+mean |J|, elements above a threshold, norms: lower if J is smaller or sparser
+the same at unit L2 norm, elements that hold a share of sum |J|: lower only if J is sparser
+Hoyer sparsity: (16 - L1 / L2) / 15 for 16 x 16 elements; 0 if all are equal, 1 if one is left
+effective inputs: how many input latents an output latent depends on; random J: with these
+    activations and Gaussian elements
+hub: the share of one input latent in all output latents; 1 if all depend on it alone
+functions: s_y,i as s_x,j goes from 0 to max(5, s_x,j + 1): a straight line up to 0.01 (or up to
+    0.01 of its range), zero and then straight, or other
+|J + delta|: delta is the change of s_y,i when s_x,j falls by 1; how often it is what J says
+silent: without a value on this text. Where figures have numbers, these are the paper's."""
+LATENTS_EXPLAINED = """\
+Open an output latent to see the text in which it is largest, and the input latents with the largest
+mean |J| to it. J: mean ± standard deviation over the tokens on which both are active; below 0, more
+of the input latent means less of the output latent. An input latent's text is where it is largest
+itself, whatever the output latent does there."""
+
+
 def details(head, *parts):
     return f"<details><summary>{html.escape(head)}</summary>{''.join(parts)}</details>"
 
@@ -2047,6 +2068,7 @@ def report(groups, labels, cells, figures):
         page.append("</tr>")
     page.append("</table></div>")
     page.extend(f"<p>{html.escape(line)}</p>" for line in legend_lines(groups, labels))
+    page.append(details("what the rows mean", f"<pre>{html.escape(ROWS_EXPLAINED)}</pre>"))
     for _, caption, png in figures:
         caption = html.escape(caption)
         picture = base64.b64encode(png).decode()
@@ -2054,6 +2076,7 @@ def report(groups, labels, cells, figures):
         page.append(f'<img alt="{caption}" src="data:image/png;base64,{picture}"></div>')
     for label, group in zip(labels, groups):
         page.append(f"<h2>{html.escape(label)}: its strongest latents</h2>")
+        page.append(f"<p>{html.escape(LATENTS_EXPLAINED)}</p>")
         page.append(details_of_latents(group[0]))
     page.append("</html>")
     return "\n".join(page)

@@ -2100,6 +2100,8 @@ def test_the_program_writes_numbers_figures_and_a_report(run_copy, finished, tmp
     sources = re.findall(r'(?:src|href)="([^"]*)', page)
     assert all(source.startswith("data:") for source in sources)
     assert page.count("<details>") == page.count("</details>") > 6
+    assert page.count("what the rows mean") == 1
+    assert page.count(evaluate.LATENTS_EXPLAINED) == 2
     assert not (second / "report.html").exists()
 
 

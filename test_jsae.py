@@ -14,6 +14,7 @@
 12       several processes
 """
 
+import html
 import importlib.util
 import itertools
 import json
@@ -2101,7 +2102,7 @@ def test_the_program_writes_numbers_figures_and_a_report(run_copy, finished, tmp
     assert all(source.startswith("data:") for source in sources)
     assert page.count("<details>") == page.count("</details>") > 6
     assert page.count("what the rows mean") == 1
-    assert page.count(evaluate.LATENTS_EXPLAINED) == 2
+    assert page.count(html.escape(evaluate.LATENTS_EXPLAINED)) == 2
     assert not (second / "report.html").exists()
 
 

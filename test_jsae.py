@@ -2231,10 +2231,13 @@ def test_the_first_look_is_of_a_traditional_pair_and_a_jsae_on_the_same_tokens(e
     shown = evaluate.first_look_groups(groups)
     assert [group[0]["run"] for group in shown] == ["runs/c", "runs/a"]
     assert evaluate.first_look_groups(groups[:2]) == groups[:1]
+    for picture in shown[1][0]["pictures"]:
+        picture["J"] = (0.1 * np.array(picture["J"])).tolist()
     figure, _ = evaluate.draw_first_look(groups)
-    assert (
-        len([ax for ax in figure.findobj() if hasattr(ax, "get_images") and ax.get_images()]) == 6
-    )
+    axes = [ax for ax in figure.findobj() if hasattr(ax, "get_images") and ax.get_images()]
+    darkest = [ax.get_images()[0].get_clim()[1] for ax in axes]
+    assert len(darkest) == 6  # each pair on its own scale
+    assert darkest[3:] == pytest.approx([0.1 * value for value in darkest[:3]])
 
 
 def test_captions_name_figure_14_only_if_a_function_of_class_other_is_there():

@@ -37,36 +37,38 @@ J[b, i, j] is the derivative of output latent s_y.idx[b, i] in input latent s_x.
     python jsae.py --model EleutherAI/pythia-70m --layer 3     the paper's setting
     python jsae.py --help                                      every setting
 
-Sections 1 to 3 are the method and can be copied, with the imports, as one block (MLP.from_model
-and MLP.from_module call section 9). Section 4 is the same loss in less time and memory.
-Sections 5 to 10 are what a training run needs: settings, activations, training, the run folder,
-finding the MLP, the command line. test_active_jacobian_equals_torch_func_jacrev in test_jsae.py
-compares J with autodiff: taken at x_hat, it is the derivative of f_s as Eq. 3 has it; taken at x
-(stable setup), of e_y . f . (d_x + constant) . tau_k, where the constant is x - x_hat.
+Sections 1 to 3 are the method and can be copied, with the imports, as one block. Section 4 is the
+same loss in less time and memory, section 5 finds the MLP in a transformers model, 6 to 8 train.
+test_active_jacobian_equals_torch_func_jacrev in test_jsae.py compares J with autodiff: taken at
+x_hat, it is the derivative of f_s as Eq. 3 has it; taken at x (stable setup), of
+e_y . f . (d_x + constant) . tau_k, where the constant is x - x_hat.
 """
 
 import argparse
 import copy
 import dataclasses
+import glob
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
-import shutil
+import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
-import types
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import filelock
 import numpy as np
 import safetensors.torch
 import torch
@@ -160,18 +162,19 @@ def relu_grad(z):
 ACT_GRADS = {F.gelu: gelu_grad, tanh_gelu: tanh_gelu_grad, F.silu: silu_grad, F.relu: relu_grad}
 
 
-def grad_by_autodiff(act):
-    """phi' of any other elementwise phi: the gradient of its sum, element by element."""
-    return torch.func.grad(lambda z: act(z).sum())
+def with_derivative(act, device):
+    """-> phi and phi': a function of ACT_GRADS if act has its values, else act itself and autodiff.
 
-
-def is_elementwise(act):
-    """Whether act treats every number alone: then act(z)[::7] equals act(z[::7])."""
-    parameters = act.parameters() if isinstance(act, nn.Module) else []
-    device = next((p.device for p in parameters), "cpu")
-    z = torch.linspace(-8, 8, 1601, device=device)
-    values = act(z)
-    return values.shape == z.shape and torch.allclose(values[::7], act(z[::7]), atol=1e-6)
+    ValueError if act is not elementwise: then act(z)[::7] differs from act(z[::7]).
+    """
+    z = torch.linspace(-50, 50, 2001, device=device)
+    values = act(z.clone())  # it may work in place
+    if values.shape != z.shape or not torch.allclose(values[::7], act(z[::7].clone()), atol=1e-6):
+        raise ValueError(f"{act} is not elementwise; expected phi of an MLP")
+    for known, grad in ACT_GRADS.items():
+        if torch.allclose(values, known(z), rtol=1e-6, atol=1e-5):
+            return known, grad
+    return act, torch.func.grad(lambda z: act(z).sum())  # element by element
 
 
 def frozen_copy(weight):
@@ -186,13 +189,8 @@ class MLP(nn.Module):
     plain:  y = W_out phi(W_in x + b_in) + b_out                                          (Eq. 8)
     gated:  y = W_out (phi(W_gate x + b_gate) * (W_in x + b_in)) + b_out           (Eq. 17 to 21)
 
-    act is phi, any elementwise function; ValueError if it is not elementwise.
+    act is phi, any elementwise function. ValueError if it is not elementwise.
     """
-
-    # Set by from_model and from_module: the language model's modules that receive x, in order of
-    # execution, and the one that returns y. They stay modules of that model, not of this one.
-    readers = ()
-    writer = None
 
     def __init__(self, W_in, b_in, W_out, b_out, W_gate=None, b_gate=None, act=F.gelu):
         super().__init__()
@@ -201,10 +199,8 @@ class MLP(nn.Module):
             self.register_buffer(name, weight if weight is None else frozen_copy(weight))
         if isinstance(act, nn.Module):  # it may have parameters
             act = copy.deepcopy(act).requires_grad_(False)
-        if act not in ACT_GRADS and not is_elementwise(act):
-            raise ValueError(f"{act} is not elementwise; expected phi of an MLP")
-        self.act = act
-        self.act_grad = ACT_GRADS.get(act) or grad_by_autodiff(act)
+        self.act, self.act_grad = with_derivative(act, self.W_in.device)
+        self.maps = ()  # set by find_mlp: the language model's linear maps, W_out's last
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_model) -> y (..., d_model)."""
@@ -226,19 +222,12 @@ class MLP(nn.Module):
         g = F.linear(x, self.W_gate, self.b_gate)
         return [(h * self.act_grad(g), self.W_gate), (self.act(g), self.W_in)]
 
-    @classmethod
-    def from_model(cls, model, layer: int) -> "MLP":
-        """The MLP of one layer of a transformers causal LM. ValueError if it has no dense one."""
-        return mlp_of_model(model, layer)
-
-    @classmethod
-    def from_module(cls, module) -> "MLP":
-        """The MLP inside a module that takes x, from its readers' input to its writer's output.
-
-        What the module does outside it, such as adding x, is not part of it. ValueError if there is
-        no single dense one.
-        """
-        return mlp_of_module(module)
+    def scaled(self, scale_x: float, scale_y: float) -> "MLP":
+        """The same map between x / scale_x and y / scale_y."""
+        W_in, W_out = self.W_in * scale_x, self.W_out / scale_y
+        b_out = None if self.b_out is None else self.b_out / scale_y
+        W_gate = None if self.W_gate is None else self.W_gate * scale_x
+        return MLP(W_in, self.b_in, W_out, b_out, W_gate, self.b_gate, self.act)
 
 
 # ---- 3. The Jacobian and the loss (Eq. 5, 16, 29) ------------------------------------------------
@@ -310,11 +299,11 @@ def weighted_rows(w, W, idx):
 class ChosenProducts(torch.autograd.Function):
     """z[b, i] = x[b] . W[idx[b, i]], (B, k), with a gradient for W; (B, k, d) is never gathered.
 
-    Let r = weighted_rows(w, W, idx). Backpropagating x, as if it were dr, through r gives
+    Let r = weighted_rows(w, W, idx), linear in w and in W. Its vector-Jacobian products with x are
 
-        dw[b, i] = x[b] . W[idx[b, i]], which is z (for any w, as r is linear in w);
-        dW[n] = the sum of w[b, i] x[b] over all b, i with idx[b, i] = n, which for w = dz is the
-        gradient that z passes on to W.
+        in w: dw[b, i] = x[b] . W[idx[b, i]], which is z, whatever w is;
+        in W: dW[n] = the sum of w[b, i] x[b] over all b, i with idx[b, i] = n, which for w = dz is
+        the gradient that z passes on to W.
 
     PyTorch has fast kernels for both.
     """
@@ -333,7 +322,7 @@ class ChosenProducts(torch.autograd.Function):
 
 
 def mse_and_latents(sae, x):
-    """x (B, d_model), a constant -> (MSE(x, x_hat), Latents (B, k)), with gradients for the SAE.
+    """x (B, d_model), a constant -> (MSE(x, x_hat) with gradients for the SAE, Latents (B, k)).
 
     The k chosen pre-activations are computed again in the dtype of x: under torch.autocast, the low
     dtype decides only which latents are active.
@@ -347,7 +336,7 @@ def mse_and_latents(sae, x):
         b_of_chosen = sae.b_enc.index_select(0, idx.flatten()).view_as(idx)
         acts = F.relu(ChosenProducts.apply(x, sae.W_enc, idx) + b_of_chosen)  # (B, k)
         x_hat = weighted_rows(acts, sae.W_dec, idx) + sae.b_dec
-        return F.mse_loss(x_hat, x), Latents(acts, idx)
+        return F.mse_loss(x_hat, x), Latents(acts.detach(), idx)
 
 
 def l1(J):
@@ -414,15 +403,14 @@ class PenaltySum(torch.autograd.Function):
         return None, None, None, None, None, *[dtotal * dT for dT in ctx.saved_tensors]
 
 
-def fast_penalty(sae_x, sae_y, mlp, x, s_x, s_y, penalty=l1, dtype=None):
+def fast_penalty(sae_x, sae_y, mlp, x, s_x, s_y, penalty=l1):
     """penalty(active_jacobian(...)).mean(), fast, with gradients in sae_x.W_dec and sae_y.W_enc.
 
     sae_x needs only W_dec, sae_y only W_enc, (n_latents, d_model). x (B, d_model), in the dtype of
     the MLP, counts as a constant: none of the gradient goes through phi'(x). Latents (B, k).
-    penalty: a function of J (tokens, k, k) -> (tokens,). dtype: of the tables and of the product J;
-    by default what a surrounding torch.autocast asks for, else the dtype of x.
+    penalty: a function of J (tokens, k, k) -> (tokens,).
     """
-    dtype = dtype or dtype_of_large_products(x)
+    dtype = dtype_of_large_products(x)
     active = (s_y.acts > 0).unsqueeze(2) & (s_x.acts > 0).unsqueeze(1)  # (B, k, k)
     used_x, rows_x = s_x.idx.unique(return_inverse=True)  # the tables hold latents in use only
     used_y, rows_y = s_y.idx.unique(return_inverse=True)
@@ -436,378 +424,469 @@ def fast_penalty(sae_x, sae_y, mlp, x, s_x, s_y, penalty=l1, dtype=None):
     return total / len(x)
 
 
-def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, jacobian_fraction=1.0, penalty=l1):
+def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, penalty=l1):
     """plain_jsae_loss in a fraction of its time and memory. x (B, d_model) -> (loss, parts).
 
-    parts, all detached: mse_x, mse_y, the Latents s_x and s_y and, unless jacobian_coef is 0,
-    "penalty": the mean of penalty(J) over a random share jacobian_fraction of the tokens, which is
-    an unbiased estimate of the mean over all.
+    parts, all detached: mse_x, mse_y, the Latents s_x and s_y and, unless jacobian_coef is 0, the
+    penalty.
     """
     x = x.detach().to(sae_x.W_enc.dtype)
     y = mlp(x).to(x.dtype)
     mse_x, s_x = mse_and_latents(sae_x, x)
     mse_y, s_y = mse_and_latents(sae_y, y)
     loss = mse_x + mse_y
-    s_x = Latents(s_x.acts.detach(), s_x.idx)  # from here on, only which are active matters
-    s_y = Latents(s_y.acts.detach(), s_y.idx)
     parts = {"mse_x": mse_x.detach(), "mse_y": mse_y.detach(), "s_x": s_x, "s_y": s_y}
     if jacobian_coef:
-        n = max(1, round(jacobian_fraction * len(x)))
-        if n < len(x):
-            chosen = torch.randperm(len(x), device=x.device)[:n]
-            x = x[chosen]
-            s_x = Latents(s_x.acts[chosen], s_x.idx[chosen])
-            s_y = Latents(s_y.acts[chosen], s_y.idx[chosen])
         value = fast_penalty(sae_x, sae_y, mlp, x, s_x, s_y, penalty)
         loss = loss + jacobian_coef * value
         parts["penalty"] = value.detach()
     return loss, parts
 
 
-# ---- 5. Settings ---------------------------------------------------------------------------------
+# ---- 5. The MLP in a transformers model ----------------------------------------------------------
+#
+# Names differ from model to model, so the MLP is found by what it computes. Every way in which
+# two or three linear maps of one module can be W_in, W_gate and W_out is a candidate. It fits, with
+# one phi or another, if it gives y at the model's own x and at 50 times that, which reaches clamps
+# and tells phi's apart. Exactly one must fit: a wrong MLP has a wrong Jacobian.
 
-HERE = Path(__file__).resolve().parent
+LINEAR = (nn.Linear, transformers.Conv1D)
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 class InputError(ValueError):
     """What was given, what was expected, what to do: one line."""
 
 
-def setting(default, group, text, choices=None, least=1, most=1e15):
-    """A field of Config. Numbers lie between least and most (1e15: any finite one makes sense).
+def forward(model, ids):
+    """The language model's output for ids (contexts, T). InputError if it cannot be had."""
+    try:
+        return model(input_ids=ids, use_cache=False)
+    except Exception as error:  # whatever a model raises, of contexts that are too long for it
+        name = type(model).__name__
+        raise InputError(f"{name} on contexts of {ids.shape[1]} tokens: {error!r}") from error
 
-    group and text are for the help page.
+
+def weight_and_bias(linear):
+    """-> W (out, in), b (out,)."""
+    W = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+    b = torch.zeros_like(W[:, 0]) if linear.bias is None else linear.bias
+    return W, b
+
+
+def candidates(block):
+    """Yield (maps, arguments): linear maps, W_out last, and the arguments of MLP they could be."""
+    for module in block.modules():
+        linear = [child for child in module.children() if isinstance(child, LINEAR)]
+        if len(linear) not in (2, 3):
+            continue
+        for writer in linear:
+            readers = [m for m in linear if m is not writer]
+            weights, biases = zip(*[weight_and_bias(m) for m in readers])
+            W_out, b_out = weight_and_bias(writer)
+            d_model, d_mlp = W_out.shape
+            if any(W.shape[1] != d_model for W in weights):
+                continue
+            W = torch.cat(weights)
+            b = torch.cat(biases)
+            maps = (*readers, writer)
+            if len(W) == d_mlp:
+                yield maps, (W, b, W_out, b_out)
+            if len(W) == 2 * d_mlp:  # W_in and W_gate, two maps or one, in either order
+                one = W[:d_mlp], b[:d_mlp]
+                other = W[d_mlp:], b[d_mlp:]
+                yield maps, (*one, W_out, b_out, *other)
+                yield maps, (*other, W_out, b_out, *one)
+
+
+@torch.no_grad()
+def watch(model, ids, maps, factor=1):
+    """-> x of maps[0] and y of maps[-1] in the forward pass, (tokens, d_model) each.
+
+    The input of all maps but the last is multiplied by factor. None unless the two are called once,
+    on all tokens.
     """
-    about = {"group": group, "text": text, "choices": choices, "least": least, "most": most}
-    return dataclasses.field(default=default, metadata=about)
+    xs = []
+    ys = []
+
+    def note_x(module, args):
+        x = factor * args[0]
+        if module is maps[0]:
+            xs.append(x.flatten(0, -2))
+        return x
+
+    def note_y(module, args, y):
+        ys.append(y.flatten(0, -2).clone())  # the model may add to it in place
+
+    hooks = [reader.register_forward_pre_hook(note_x) for reader in maps[:-1]]
+    hooks.append(maps[-1].register_forward_hook(note_y))
+    try:
+        forward(model, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if [len(rows) for rows in (*xs, *ys)] != [ids.numel(), ids.numel()]:
+        return None
+    return xs[0], ys[0]
+
+
+def is_reproduced(mlp, x, y):
+    """Whether mlp(x) is y (tokens, d_model) but for rounding, measured by how y varies.
+
+    It must be so of all tokens together, and of the median token: one of huge norm hides the rest.
+    """
+    tolerance = TOLERANCE[y.dtype]
+    y = y.to(mlp.W_in.dtype)
+    error = (mlp(x.to(y.dtype)) - y).norm(dim=1)
+    varies = (y - y.mean(0)).norm(dim=1)
+    is_small = error < tolerance * varies  # (tokens,)
+    return bool(error.norm() < tolerance * varies.norm() and is_small.float().mean() > 0.5)
+
+
+def activations(block):
+    """-> functions to try as phi: the elementwise ones among the block's modules, the known ones."""
+    device = next(block.parameters()).device
+    found = []
+    for module in block.modules():
+        if not list(module.children()):
+            with suppress(Exception):  # whatever a module raises that is given a plain vector
+                found.append(with_derivative(module, device)[0])
+    return list(dict.fromkeys([*found, *ACT_GRADS]))  # each once
+
+
+def block_of(model, layer, ids):
+    """The layer's block, of the largest list of modules that are all called for ids (2, 16).
+
+    InputError if there is no such layer, or the model is not causal.
+    """
+    name = type(model).__name__
+    called = set()
+
+    def note(module, args, output):
+        called.add(module)
+
+    with nn.modules.module.register_module_forward_hook(note):
+        one, other = forward(model, ids).logits[:, :8]  # the rows of ids begin with the same 8
+    if not (one - other).norm() <= TOLERANCE[one.dtype] * one.norm():
+        raise InputError(f"{name} is not causal: what it predicts depends on what comes later")
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [blocks for blocks in lists if called.issuperset(blocks)]
+    blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=[])
+    if not 0 <= layer < len(blocks):
+        raise InputError(f"{name} has no layer {layer}; --layer takes 0 to {len(blocks) - 1}")
+    return blocks[layer]
+
+
+@torch.no_grad()
+def find_mlp(model, layer) -> MLP:
+    """The MLP of one layer of a transformers causal LM that is in evaluation mode.
+
+    InputError unless there is exactly one, no larger candidate, and nothing that looks like
+    experts: a stack of weights, or a candidate that is not called once, on all tokens.
+    """
+    name = type(model).__name__
+    if model.training:
+        raise InputError(f"{name} is in training mode; call its eval() first")
+    ids = torch.arange(24, device=model.device) % model.get_input_embeddings().weight.shape[0]
+    ids = torch.stack([ids[:16], torch.cat([ids[:8], ids[16:]])])  # two rows that begin alike
+    block = block_of(model, layer, ids)
+    expected = f"layer {layer} of {name}: expected exactly one dense MLP"
+    if any(p.ndim == 3 and p.shape[1] > 1 for p in block.parameters()):
+        raise InputError(f"{expected}; it holds stacks of weights, as experts are")
+
+    acts = activations(block)
+    sizes = {}  # of each candidate's maps
+    found = {}
+    for maps, arguments in candidates(block):
+        examples = [watch(model, ids, maps, factor) for factor in (1, 50)]
+        if None in examples:
+            raise InputError(f"{expected}; some are not called once, on all tokens, as experts are")
+        sizes[maps] = sum(p.numel() for linear in maps for p in linear.parameters())
+        for act in acts:
+            mlp = MLP(*arguments, act=act)
+            if all(is_reproduced(mlp, x, y) for x, y in examples):
+                mlp.maps = maps
+                found[maps] = mlp
+                break
+    if len(found) != 1:
+        raise InputError(f"{expected}; {len(found)} of its modules fit")
+    maps, mlp = found.popitem()
+    if sizes[maps] < max(sizes.values()):
+        raise InputError(f"{expected}; what fits is smaller than what does not")
+    return mlp
+
+
+# ---- 6. Settings, text, activations --------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+RANK = int(os.environ.get("RANK", "0"))  # torchrun: number of this process, of WORLD
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+LEAST = {"layer": 0, "seed": 0, "jacobian_coef": 0, "lr": 1e-9, "context_size": 2}  # others: 1
+CHOICES = {
+    "randomize_weights": ("none", "init", "shuffle", "paper"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
 
 
 @dataclasses.dataclass
 class Config:
-    """A run's settings, saved with it. The defaults are the paper's for Pythia-70m, layer 3.
+    """A run's settings, each a flag (--batch-size 4096, --no-normalize). Defaults: the paper's.
 
-    batch_size counts tokens, as the authors' code does (Appendix D says sequences).
-
-    randomize_weights is the control of section 5.3. init: every parameter is drawn anew as by the
-    model's own initialiser; shuffle: the entries of every parameter are permuted; paper, what the
-    authors' code does: every parameter of two or more dimensions is normal with std
-    0.8 / sqrt(d_model), the rest is kept.
-
-    InputError if a value is not one of its choices, or a number is out of its bounds.
+    Without --model, the settings of DEMO take their place: a small bundled model.
     """
 
-    model: str = setting("EleutherAI/pythia-70m", "model", "hub id or folder of a causal LM")
-    layer: int = setting(3, "model", "layer whose MLP is decomposed, from 0", least=0)
-    randomize_weights: str = setting(
-        "none", "model", "random control", choices=("none", "init", "shuffle", "paper")
-    )
-    dataset: str = setting(
-        "monology/pile-uncopyrighted",
-        "text",
-        "hub data set NAME or NAME:CONFIG, streamed; stdlib: the sources of Python's own library; "
-        "or a file or folder of .txt, .jsonl, .jsonl.zst, .parquet, .arrow with text or input_ids",
-    )
-    split: str = setting("train", "text", "split of a hub data set")
-    context_size: int = setting(2048, "text", "tokens per context, at most the model's", least=2)
-    k: int = setting(32, "SAEs", "active latents per token, in both SAEs")
-    expansion_factor: int = setting(32, "SAEs", "R: latents of an SAE per dimension of x")
-    jacobian_coef: float = setting(1.0, "Jacobian", "lambda; 0: traditional SAEs", least=0)
-    jacobian_fraction: float = setting(
-        1.0,
-        "Jacobian",
-        "random share of the tokens that the penalty is taken of",
-        least=1e-9,
-        most=1,
-    )
-    tokens: int = setting(300_000_000, "training", "rounded down to whole batches")
-    lr: float = setting(5e-4, "training", "Adam's learning rate", least=1e-9)
-    batch_size: int = setting(4096, "training", "tokens per step")
-    buffer_batches: int = setting(32, "training", "batches of activations shuffled together")
-    seed: int = setting(0, "training", "of SAEs, order and random control", least=0, most=2**31)
-    device: str = setting("auto", "training", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = setting(
-        "auto",
-        "training",
-        "of large products; auto: bfloat16 on a GPU that has it, else float32",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    output_dir: str = setting("", "run", "the run's folder; default: in runs/, by settings")
-    overwrite: bool = setting(False, "run", "replace the run in the folder, and all in it")
-    resume: bool = setting(
-        False, "run", "go on with the run in the folder, which all machines of a run must share"
-    )
-    checkpoint_minutes: float = setting(10.0, "run", "from one checkpoint to the next", least=0)
+    model: str = "EleutherAI/pythia-70m"  # hub id, ID@REVISION or folder of a causal LM
+    layer: int = 3  # whose MLP is decomposed, from 0
+    randomize_weights: str = "none"  # control of section 5.3: none, init, shuffle or paper
+    dataset: str = "monology/pile-uncopyrighted"  # hub id, or ID:CONFIG; local file, folder; stdlib
+    split: str = "train"  # of the data set
+    column: str = "text"  # of the data set: text, or lists of token ids
+    context_size: int = 2048  # tokens, at most what the model takes
+    k: int = 32  # active latents per token, in both SAEs
+    expansion_factor: int = 32  # R: latents of an SAE per dimension of x
+    jacobian_coef: float = 1.0  # lambda; 0: two traditional SAEs
+    normalize: bool = False  # divide x and y by their mean norm / sqrt(d_model), one number each
+    tokens: int = 300_000_000  # rounded down to whole batches
+    lr: float = 5e-4  # Adam's learning rate
+    batch_size: int = 4096  # tokens per step
+    buffer_batches: int = 32  # batches of activations that are shuffled together
+    seed: int = 0  # of SAEs, order and random control
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    dtype: str = "auto"  # of large products: float32, bfloat16; auto: bfloat16 on a GPU that has it
+    output_dir: str = ""  # default: a folder in runs/, named after the settings
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            check_setting(field, getattr(self, field.name))
+        check_settings(self)
+        self.model = absolute_if_local(self.model)
+        if self.dataset != "stdlib":
+            self.dataset = absolute_if_local(self.dataset)
         if not self.output_dir:
             name = f"{Path(self.model).name}-L{self.layer}-R{self.expansion_factor}-k{self.k}"
             name += f"-lambda{self.jacobian_coef:g}-{self.tokens / 1e6:g}M-seed{self.seed}"
+            if self.normalize:
+                name += "-normalize"
             if self.randomize_weights != "none":
                 name += f"-{self.randomize_weights}"
             self.output_dir = f"runs/{name}"
+        self.output_dir = str(Path(self.output_dir).expanduser())
 
 
-DEMO = {  # in place of the defaults above when no --model is given
-    "model": "assets/tiny-pythia",
+DEMO = {
+    "model": str(HERE / "assets" / "tiny-pythia"),
     "layer": 0,
-    "jacobian_coef": 0.3,
+    "jacobian_coef": 1.0,
+    "normalize": True,
     "dataset": "stdlib",
     "context_size": 256,
     "k": 16,
     "expansion_factor": 4,
-    "tokens": 1_200_000,
+    "tokens": 500_000,
     "lr": 3e-3,
     "batch_size": 2048,
 }
+
+
+def notice(text):
+    """Print a line on stderr, above the progress bar, in the first process only."""
+    if RANK == 0:
+        tqdm.write(text, sys.stderr)
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def check_setting(field, value):
-    """InputError unless the value is one of the field's choices, or a number within its bounds."""
-    choices = field.metadata["choices"]
-    least = field.metadata["least"]
-    most = field.metadata["most"]
-    expected = None
-    if choices and value not in choices:
-        expected = ", ".join(choices)
-    if field.type in (int, float):
-        kinds = int if field.type is int else (int, float)
-        if not (isinstance(value, kinds) and least <= value <= most):  # NaN is not
-            expected = f"{field.type.__name__} from {least:g} to {most:g}"
-    if expected:
-        raise InputError(f"{flag(field.name)} is {value!r}; expected {expected}")
+def check_settings(settings):
+    """InputError if a field of a dataclass has a value that makes no sense."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        given = f"{flag(field.name)} is {value!r}"
+        choices = CHOICES.get(field.name)
+        if choices and value not in choices:
+            raise InputError(f"{given}; expected {', '.join(choices)}")
+        if field.type in (int, float):
+            least = LEAST.get(field.name, 1)
+            is_number = isinstance(value, (int, field.type))
+            if not is_number or not least <= value < math.inf:  # NaN is not
+                raise InputError(f"{given}; expected {field.type.__name__}, {least} or more")
 
 
-# ---- 6. Activations ------------------------------------------------------------------------------
-
-KINDS = {".txt": "text", ".jsonl": "json", ".zst": "json", ".parquet": "parquet", ".arrow": "arrow"}
-PIECE_LENGTH = 2**16  # characters, or token ids: longer documents are cut into pieces
-PIECES_AT_A_TIME = 128  # that are tokenized together
-
-
-def local_path(name):
-    """The file or folder of that name, here or beside jsae.py; None if the name is a hub id.
-
-    InputError, and no request to the hub, if a missing name looks like a path: its first part is a
-    folder here, or it ends like a data file.
-    """
-    for path in (Path(name), HERE / name):
-        if path.exists():
-            return path.resolve()
-    first = Path(name).parts[0]
-    if Path(name).suffix in KINDS:
-        raise InputError(f"there is no file or folder {name}")
-    if first != name and Path(first).is_dir():
-        raise InputError(f"there is no file or folder {name}, though there is a folder {first}")
-    return None
+def absolute_if_local(name):
+    """The absolute path of a file or folder of that name; if there is none, the name: a hub id."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
-def choose_device(name):
-    """auto: cuda if there is a GPU, else cpu. cuda: the GPU that torchrun gives this process."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+def load_model(config):
+    """-> the causal LM of the settings or its random control, frozen, in float32; its tokenizer."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # what torchrun gives this process
+    name = config.model
+    options = {"trust_remote_code": False}
+    if not Path(name).exists() and "@" in name:
+        name, options["revision"] = name.split("@", 1)
     try:
-        torch.empty(0, device=name)
-    except Exception as error:  # whatever a backend raises
-        raise InputError(f"--device {name}: {error}") from error
-    return torch.device(name)
-
-
-def load_language_model(config):
-    """-> the causal LM of the settings or its random control, frozen, in float32."""
-    device = choose_device(config.device)
-    try:
-        name = local_path(config.model) or config.model
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
         )
-    except Exception as error:  # whatever transformers, safetensors or the hub raises
-        raise InputError(f"--model {config.model}: {error}") from error
-    model = randomized(model, config.randomize_weights, config.seed)
-    return model.eval().requires_grad_(False).to(device)
+        wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+        if wrong:
+            raise InputError(f"{len(wrong)} weights are missing or of another size, as {wrong[0]}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        model = randomized(model, config.randomize_weights, config.seed)
+        model = model.eval().requires_grad_(False).to(device)
+        words = tokenizer("a", add_special_tokens=False).input_ids
+    except Exception as error:  # whatever transformers, the hub or the device raises
+        raise InputError(f"--model {config.model} on {device}: {error}") from error
+    if not words:  # its files are missing
+        raise InputError(f"--model {config.model}: its tokenizer knows no words")
+    return model, tokenizer
 
 
 @torch.no_grad()
 def randomized(model, how, seed):
-    """The random control (5.3) of Config.randomize_weights, drawn on the CPU from the seed."""
+    """The control of section 5.3, drawn on the CPU.
+
+    init: every parameter is drawn anew as by the model's own initialiser; shuffle: the entries of
+    every parameter are permuted; paper, what the authors' code does: every parameter of two or more
+    dimensions is normal with std 0.8 / sqrt(d_model), the rest is kept.
+    """
     torch.manual_seed(seed)
     if how == "init":
         return transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-    if how == "shuffle":
-        for p in model.parameters():
+    d_model = model.get_input_embeddings().weight.shape[1]
+    for p in model.parameters():
+        if how == "shuffle":
             p.copy_(p.flatten()[torch.randperm(p.numel())].view_as(p))
-    if how == "paper":
-        d_model = model.get_input_embeddings().weight.shape[1]
-        for p in model.parameters():
-            if p.ndim >= 2:
-                p.normal_(std=0.8 / math.sqrt(d_model))
+        if how == "paper" and p.ndim >= 2:
+            p.normal_(std=0.8 / math.sqrt(d_model))
     return model
 
 
-def load_tokenizer(config):
-    """-> the model's tokenizer. InputError, with the cause, if there is none that knows words."""
-    try:
-        name = local_path(config.model) or config.model
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        words = tokenizer("a", add_special_tokens=False).input_ids
-    except Exception as error:  # whatever transformers or the hub raises
-        raise InputError(f"no tokenizer of {config.model}: {error}") from error
-    if not words:  # transformers makes an empty one for a folder without its files
-        raise InputError(f"no tokenizer of {config.model}: it knows no words")
-    return tokenizer
-
-
-def special_id(name, tokenizer, model):
-    """The tokenizer's id of that name or, if tokenizer is None, the one in the model's settings.
-
-    name: bos_token_id or eos_token_id. None if there is no such id.
-    """
-    if tokenizer is not None:
-        return getattr(tokenizer, name)
-    found = getattr(model.config.get_text_config(decoder=True), name, None)
-    return found[0] if isinstance(found, list) else found
+def is_held_out(data):
+    """Whether bytes belong to the twentieth of the text that is never trained on."""
+    return zlib.crc32(data) % 20 == 0
 
 
 def stdlib_files():
-    """-> (folder of Python's own library, its files' names in an order that mixes subjects)."""
+    """Yield (text, whether it is held out) of the files of Python's own library, subjects mixed.
+
+    Held out, by their paths, are those that the bundled language model has not seen either.
+    """
     root = Path(os.__file__).parent
     names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
     names = [name for name in names if "-packages/" not in name]  # not what pip installed
-    return root, sorted(names, key=lambda name: zlib.crc32(name.encode()))
+    for name in sorted(names, key=lambda name: zlib.crc32(name.encode())):
+        yield (root / name).read_text("utf-8", "replace"), is_held_out(name.encode())
 
 
-def local_files(path):
-    """-> the files of known kinds at or below a path, sorted. InputError unless of one kind."""
-    files = [path, *sorted(path.rglob("*"))]
-    files = [file for file in files if file.suffix in KINDS and file.is_file()]
-    if len({KINDS[file.suffix] for file in files}) != 1:
-        raise InputError(f"{path}: expected files of one kind that end in {', '.join(KINDS)}")
-    return files
+def load_rows(config):
+    """Yield the rows, dicts, of a data set of the hub or of a local file or folder."""
+    path = Path(config.dataset)
+    if not path.exists():
+        name = config.dataset.split(":", 1)
+        yield from datasets.load_dataset(*name, split=config.split, streaming=True)
+    elif (path / "dataset_dict.json").exists():
+        yield from datasets.load_from_disk(str(path))[config.split]
+    elif (path / "state.json").exists():
+        yield from datasets.load_from_disk(str(path))
+    else:
+        options = {}
+        if path.is_file():
+            options["data_files"] = glob.escape(path.name)
+            path = path.parent
+        with tempfile.TemporaryDirectory() as cache:  # the hub's may not be writable
+            builder = datasets.load_dataset_builder(str(path), cache_dir=cache, **options)
+            if hasattr(builder.config, "sample_by"):  # plain text
+                builder.config.sample_by = "document"  # a file
+                builder.config.encoding_errors = "replace"
+            yield from builder.as_streaming_dataset(split=config.split)
 
 
-def load_documents(dataset, split):
-    """-> the documents of a hub data set or of local files: an iterable of dicts."""
-    path = local_path(dataset)
-    if path is None:
-        return datasets.load_dataset(*dataset.split(":", 1), split=split, streaming=True)
-    files = local_files(path)
-    kind = KINDS[files[0].suffix]
-    options = {}
-    if kind in ("text", "json"):  # not "utf-8", at which datasets ignores encoding_errors for JSON
-        options = {"encoding": "utf8", "encoding_errors": "replace"}
-    if kind == "text":
-        options["sample_by"] = "document"
-    names = [str(file) for file in files]
-    return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **options)
+def pieces(config):
+    """Yield (text or token ids, whether it is held out): one pass over the text.
+
+    A piece is at most 2^14 characters or ids of a document. Its content alone decides whether it is
+    held out, so that no other text can move it from one part to the other (of stdlib, the path of a
+    file, which is one piece).
+    """
+    if config.dataset == "stdlib":
+        yield from stdlib_files()
+        return
+    for row in load_rows(config):
+        if config.column not in row:
+            raise InputError(f"no column {config.column} among {list(row)}; name one by --column")
+        content = row[config.column]
+        if content is None:
+            continue
+        is_ids = isinstance(content, list) and all(isinstance(i, int) for i in content)
+        if not is_ids and not isinstance(content, str):
+            expected = "expected text or a list of token ids"
+            raise InputError(f"column {config.column} holds {str(content)[:40]}; {expected}")
+        for start in range(0, len(content), 2**14):
+            piece = content[start : start + 2**14]
+            yield piece, is_held_out(str(piece).encode("utf-8", "replace"))
 
 
-def pieces_of(documents, tokenizer):
-    """Yield the texts, or lists of token ids, of the documents, cut into pieces."""
-    for document in documents:
-        column = "text" if tokenizer is not None and "text" in document else "input_ids"
-        if column not in document:
-            raise InputError(
-                f"columns {list(document)}: expected text (with a tokenizer) or input_ids"
-            )
-        content = document[column] or ""
-        for start in range(0, len(content), PIECE_LENGTH):
-            yield content[start : start + PIECE_LENGTH]
+def special_ids(tokenizer):
+    """-> what every context starts with, BOS or else EOS, and what ends a text: [id], or []."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    start = end if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return start, end
 
 
-def text_pieces(config, tokenizer, part):
-    """Yield the pieces of the text that belong to a part: "training", "held out" or "all".
+def token_contexts(config, tokenizer, part, rank=0, world=1):
+    """Yield contexts, lists of context_size token ids: one pass over a part of the text.
 
-    stdlib             files whose path in the library has crc32 modulo 20 = 0 are held out; the
-                       bundled language model has not seen them either
-    other local text   pieces whose number, counted over the whole text, is 19 modulo 20 are
-    text of the hub    nothing is
+    part: "training", "held out" or "all"; of `world` processes, number `rank` takes every world-th
+    piece of it. A context is the start token and a row of packed pieces, those of text with the end
+    token behind each. Rows of ids are taken as they are, and may bring the start token.
+    InputError if the text cannot be read.
     """
     wanted = {"training": (False,), "held out": (True,), "all": (False, True)}[part]
-    if config.dataset == "stdlib":
-        root, names = stdlib_files()
-        for name in names:
-            held_out = zlib.crc32(name.encode()) % 20 == 0
-            if held_out in wanted:
-                text = (root / name).read_text("utf-8", "replace")
-                yield from pieces_of([{"text": text}], tokenizer)
-        return
-    is_local = local_path(config.dataset) is not None
-    documents = load_documents(config.dataset, config.split)
-    for number, piece in enumerate(pieces_of(documents, tokenizer)):
-        held_out = is_local and number % 20 == 19
-        if held_out in wanted:
-            yield piece
-
-
-def token_contexts(config, model, part, rank=0, world=1, n_pieces=None):
-    """Yield contexts (context_size,) of token ids: one pass over a part of the text.
-
-    A context is the BOS (or end-of-text) token and a row of packed pieces, each followed by the
-    end-of-text token. Of `world` processes, number `rank` takes every world-th of the first
-    n_pieces pieces (None: of all). InputError if the text cannot be read.
-    """
-    tokenizer = no_tokenizer = None
+    start, end = special_ids(tokenizer)
+    ids = []  # that are not in a context yet
     try:
-        tokenizer = load_tokenizer(config)
-    except InputError as error:  # text that comes as token ids needs none
-        no_tokenizer = error
-    bos = special_id("bos_token_id", tokenizer, model)
-    eos = special_id("eos_token_id", tokenizer, model)
-    first = bos if bos is not None else eos
-    start = [] if first is None else [first]
-    end = [] if eos is None else [eos]
-    width = config.context_size - len(start)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = np.array([], dtype=np.int64)  # that are not in a context yet
-    try:
-        pieces = itertools.islice(text_pieces(config, tokenizer, part), rank, n_pieces, world)
-        while batch := list(itertools.islice(pieces, PIECES_AT_A_TIME)):
-            if isinstance(batch[0], str):
+        chosen = (piece for piece, held_out in pieces(config) if held_out in wanted)
+        chosen = itertools.islice(chosen, rank, None, world)
+        while True:
+            batch = list(itertools.islice(chosen, 64))
+            if not batch:
+                return
+            is_text = isinstance(batch[0], str)
+            if is_text:
                 batch = tokenizer(batch, add_special_tokens=False, verbose=False).input_ids
-            arrays = [np.array([*piece, *end], dtype=np.int64) for piece in batch]
-            ids = np.concatenate([ids, *arrays])
-            least, most = ids.min(initial=0), ids.max(initial=0)
-            if least < 0 or most >= vocabulary:
-                known = f"the model knows 0 to {vocabulary - 1}"
-                raise InputError(f"token ids {least} to {most}; {known}")
-            n_rows = len(ids) // width
-            for row in ids[: n_rows * width].reshape(n_rows, width):
-                yield np.array([*start, *row], dtype=np.int64)
-            ids = ids[n_rows * width :]
+            for piece in batch:
+                ids += piece
+                ids += end if is_text else []
+            done = 0
+            while True:
+                has_start = not is_text and ids[done : done + 1] == start
+                first = [] if has_start else start
+                row = ids[done : done + config.context_size - len(first)]
+                if len(first) + len(row) < config.context_size:
+                    break
+                yield [*first, *row]
+                done += len(row)
+            ids = ids[done:]
     except Exception as error:  # whatever a library that reads text raises
-        reason = f"--dataset {config.dataset}: {str(error) or repr(error)}"
-        if no_tokenizer is not None:
-            reason += f" ({no_tokenizer})"
-        raise InputError(reason) from error
+        raise InputError(f"--dataset {config.dataset}: {str(error) or repr(error)}") from error
 
 
-def training_contexts(config, model, rank, world, skip):
-    """Yield contexts to train on, without the first `skip`; local text begins again at its end."""
-    if skip and rank == 0:
-        tqdm.write(f"reading the text again, up to context {skip:,}", sys.stderr)
-    is_local = config.dataset == "stdlib" or local_path(config.dataset) is not None
-    for number in itertools.count(1):  # of the pass over the text
+def training_contexts(config, tokenizer):
+    """Yield contexts to train on without end: text that ends begins again, with a notice."""
+    for number in itertools.count(1):
         n = 0
-        for context in token_contexts(config, model, "training", rank, world):
+        for context in token_contexts(config, tokenizer, "training", RANK, WORLD):
+            yield context
             n += 1
-            if skip > 0:
-                skip -= 1
-            else:
-                yield context
-        if not is_local:
-            raise InputError(f"{config.dataset} ended after {n:,} contexts, too few for --tokens")
-        if n * config.context_size * world < config.batch_size:
-            raise InputError(f"--dataset {config.dataset}: {n} contexts are less than one batch")
-        skip %= n  # every pass has the same n contexts, so that whole ones need not be read
-        if number == 1 and rank == 0:
-            tqdm.write(f"{config.dataset} begins again after {n:,} contexts", sys.stderr)
+        if n == 0:
+            raise InputError(f"--dataset {config.dataset} does not fill one context")
+        if number == 1:
+            notice(f"{config.dataset} begins again after {n:,} contexts")
 
 
 class MLPReached(Exception):
@@ -821,108 +900,91 @@ def mlp_inputs(model, mlp, ids):
     def leave(module, args):
         raise MLPReached(args[0])
 
-    with mlp.readers[0].register_forward_pre_hook(leave):
+    with mlp.maps[0].register_forward_pre_hook(leave):
         try:
             model(input_ids=ids, use_cache=False)
         except MLPReached as reached:
             return reached.args[0].reshape(*ids.shape, -1)
 
 
-def check_mlp(model, mlp, ids):
-    """InputError if mlp(x) is not the y that the language model has for the ids (contexts, T)."""
-    modules = nn.ModuleList([*mlp.readers, mlp.writer])
-    _, calls = watched(modules, partial(model, input_ids=ids, use_cache=False))
-    x, y = calls[mlp.readers[0]].x, calls[mlp.writer].y
-    error = relative_error(mlp, x, y)
-    if not error <= TOLERANCE[y.dtype]:
-        raise InputError(f"the MLP differs from the model's by {error:.1g} of |y| on this text")
+def check_text(model, mlp, ids):
+    """InputError unless the model knows all ids (contexts, T), and mlp gives its y in the first."""
+    n_words = model.get_input_embeddings().weight.shape[0]
+    least, most = ids.min().item(), ids.max().item()
+    if least < 0 or most >= n_words:
+        raise InputError(f"token ids {least} to {most}; the model knows 0 to {n_words - 1}")
+    seen = watch(model, ids[:1], mlp.maps)
+    if seen is None or not is_reproduced(mlp, *seen):
+        raise InputError("on this text, the model's MLP is not the one that was found")
 
 
 def one_ahead(items):
-    """Yield the items; while one is in use, a thread makes the next."""
-    item = next(items, None)  # not in the thread, where a long wait could not be interrupted
-    thread = ThreadPoolExecutor(1)
-    try:
-        while item is not None:
+    """Yield the items of an iterator; while one is in use, a thread makes the next."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(next, items, None)
+        while True:
+            item = upcoming.result()
+            if item is None:
+                return
             upcoming = thread.submit(next, items, None)
             yield item
-            item = upcoming.result()
-    finally:
-        thread.shutdown(wait=False)
 
 
-def activation_batches(config, model, mlp, done=0, rank=0, world=1):
-    """Yield the batches x (batch_size / world, d_model), from number `done` on.
+def activation_batches(config, model, tokenizer, mlp, done=0):
+    """Yield the batches x (batch_size / WORLD, d_model) of a run, from number `done` on.
 
-    A buffer is filled with buffer_batches batches, shuffled, used up and filled anew, with nothing
-    carried over, so that `done` alone tells where to go on. The first token of every context is
-    left out. InputError if an x is not finite, or the MLP is not what the model computes here.
+    A buffer is filled with the x of whole contexts (without the first token of each), shuffled, cut
+    into buffer_batches batches, used up and filled anew, so that `done` alone tells where to go on.
+    InputError if an x is not finite, or the MLP is not what the model computes on this text.
     """
     width = config.context_size - 1
-    batch_size = config.batch_size // world
-    n_batches = config.tokens // config.batch_size
-    first_batches = range(0, n_batches, config.buffer_batches)  # of each filling of the buffer
-    sizes = [min(config.buffer_batches, n_batches - first) for first in first_batches]  # in batches
-    n_contexts = [math.ceil(batch_size * size / width) for size in sizes]
-
-    first_filling = done // config.buffer_batches  # the one to go on with
-    done_in_it = done % config.buffer_batches
-    n_skipped = sum(n_contexts[:first_filling])
-    contexts = training_contexts(config, model, rank, world, n_skipped)
-    token_ids = one_ahead(
-        np.stack([*itertools.islice(contexts, n)]) for n in n_contexts[first_filling:]
-    )
-    buffer = torch.empty(max(n_contexts), width, mlp.W_in.shape[1], device=model.device)
+    batch_size = config.batch_size // WORLD
+    n_contexts = math.ceil(config.buffer_batches * batch_size / width)
+    n_fillings = math.ceil(config.tokens // config.batch_size / config.buffer_batches)
+    first, done_in_first = divmod(done, config.buffer_batches)  # filling to go on with
+    contexts = training_contexts(config, tokenizer)
+    for _ in itertools.islice(contexts, first * n_contexts):
+        pass  # here and not in the thread below, where Ctrl-C would wait for the end
+    texts = (list(itertools.islice(contexts, n_contexts)) for _ in range(first, n_fillings))
+    buffer = torch.empty(n_contexts, width, mlp.W_in.shape[1], device=model.device)
     at_a_time = max(1, 2**13 // config.context_size)  # contexts in a forward pass
-    autocast = autocast_of(config, model.device)
-    for filling, ids in enumerate(token_ids, first_filling):
-        ids = torch.from_numpy(ids).to(model.device)  # (contexts, context_size)
-        with autocast():
-            if filling == first_filling:
-                check_mlp(model, mlp, ids[:1])
-            for i in range(0, len(ids), at_a_time):
+
+    for filling, ids in enumerate(one_ahead(texts), first):
+        ids = torch.tensor(ids, device=model.device)  # (n_contexts, context_size)
+        with autocast(config, model.device):
+            check_text(model, mlp, ids)
+            for i in range(0, n_contexts, at_a_time):
                 x = mlp_inputs(model, mlp, ids[i : i + at_a_time])
                 buffer[i : i + len(x)] = x[:, 1:]
-        rows = buffer[: len(ids)].flatten(0, 1)[: batch_size * sizes[filling]]
+        rows = buffer.flatten(0, 1)
         if not rows.isfinite().all():
             raise InputError(f"NaN or Inf among the inputs x of layer {config.layer}'s MLP")
-        order = np.random.default_rng([config.seed, rank, filling]).permutation(len(rows))
+        order = np.random.default_rng([config.seed, RANK, filling]).permutation(len(rows))
         chosen_rows = torch.from_numpy(order).to(model.device).split(batch_size)
-        for chosen in chosen_rows[done_in_it if filling == first_filling else 0 :]:
+        n_done = done_in_first if filling == first else 0
+        for chosen in chosen_rows[n_done : config.buffer_batches]:
             yield rows[chosen]
 
 
 # ---- 7. Training ---------------------------------------------------------------------------------
+#
+# A run's folder:
+#   config.json              settings, penalty, processes, hash of the MLP's weights, scales, versions
+#   metrics.jsonl            a row for every 50 steps
+#   checkpoint.safetensors   from which the same command goes on; gone when the run is finished
+#   sae_x/, sae_y/           cfg.json and sae_weights.safetensors, as SAELens 6 reads them
+
+CHECKPOINT_SECONDS = 600
+LONGEST_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length")
+MAY_DIFFER = ("device", "output_dir", "config", "versions")  # when a run goes on
 
 
-class Pair(nn.Module):
-    """What a run trains: both SAEs, the number of steps done, and when each latent last fired."""
-
-    def __init__(self, d_model, n_latents, k):
-        super().__init__()
-        self.sae_x = TopKSAE(d_model, n_latents, k)
-        self.sae_y = TopKSAE(d_model, n_latents, k)
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self.register_buffer("last_fired", torch.zeros(2, n_latents, dtype=torch.long))  # in tokens
-
-    def forward(self, mlp, x, coef, fraction, penalty):  # what DistributedDataParallel calls
-        return jsae_loss(self.sae_x, self.sae_y, mlp, x, coef, fraction, penalty)
-
-    @torch.no_grad()
-    def finish_step(self, parts, tokens):
-        """Set decoder norms to 1 and note which latents fired. parts: what jsae_loss returned."""
-        self.sae_x.set_decoder_norm_to_one()
-        self.sae_y.set_decoder_norm_to_one()
-        for side, s in enumerate((parts["s_x"], parts["s_y"])):
-            self.last_fired[side, s.idx[s.acts > 0]] = tokens
-        self.step += 1
-
-    def dead_latents(self, tokens):
-        """-> [of x, of y]: how many latents had no value above 0 in the last 10M tokens or so far.
-
-        Appendix E counts latents that TopK did not choose.
-        """
-        return (self.last_fired <= max(0, tokens - 10_000_000)).sum(1).tolist()
+def autocast(config, device):
+    """-> the torch.autocast of the settings."""
+    bfloat16 = config.dtype == "bfloat16"
+    if config.dtype == "auto" and device.type == "cuda":
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def schedule(config, step, n_steps):
@@ -937,180 +999,18 @@ def schedule(config, step, n_steps):
 
 
 @torch.no_grad()
-def measure(sae_x, sae_y, mlp, x, penalty=l1):
-    """Metrics of at most 512 tokens of x (B, d_model), for a row of metrics.jsonl; ev may be None.
-
-    mse_x, mse_y            mean squared error over all elements
-    ev_x, ev_y              explained variance: 1 - mse / variance about the mean
-    jacobian_l1             mean of |J| over k x k elements and tokens
-    jacobian_above_0.01     elements with |J| > 0.01 per token
-    penalty                 mean over tokens of the penalty that is trained, if it is not l1
-    """
-    x = x[:512]
-    y = mlp(x)
+def measure(sae_x, sae_y, mlp, x):
+    """Metrics of x (B, d_model): ev is 1 - mse / variance, |J| > 0.01 is counted per token."""
     row = {}
+    y = mlp(x)
     for side, sae, values in (("x", sae_x, x), ("y", sae_y, y)):
-        mse = F.mse_loss(sae(values), values).item()
-        variance = values.var(0, correction=0).mean().item()
-        row[f"mse_{side}"] = mse
-        row[f"ev_{side}"] = 1 - mse / variance if variance > 0 else None
+        mse = F.mse_loss(sae(values), values)
+        row[f"mse_{side}"] = mse.item()
+        row[f"ev_{side}"] = (1 - mse / values.var(0, correction=0).mean()).item()
     J = active_jacobian(sae_x, sae_y, mlp, x, sae_x.encode(x), sae_y.encode(y))
     row["jacobian_l1"] = l1(J).mean().item()
     row["jacobian_above_0.01"] = (J.abs() > 0.01).sum().item() / len(J)
-    if penalty is not l1:
-        row["penalty"] = penalty(J).mean().item()
     return row
-
-
-def process_number():
-    """-> (number of this process, how many there are), as torchrun sets them; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def autocast_of(config, device):
-    """-> a function that opens the torch.autocast of the settings."""
-    bfloat16 = config.dtype == "bfloat16"
-    if config.dtype == "auto" and device.type == "cuda":
-        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
-
-
-def warn_of_slow_bfloat16(config, device):
-    cpu = torch.backends.cpu.get_cpu_capability()
-    if config.dtype == "bfloat16" and device.type == "cpu" and cpu != "AVX512":
-        notice = f"--dtype bfloat16: this CPU ({cpu}) may have none, and be many times slower"
-        tqdm.write(notice, sys.stderr)
-
-
-def fitted(config, model, mlp, world):
-    """-> the settings with context_size at most the model's. InputError if the sizes do not fit."""
-    settings = model.config.get_text_config(decoder=True)
-    longest = getattr(settings, "max_position_embeddings", None) or config.context_size
-    n_latents = config.expansion_factor * mlp.W_in.shape[1]
-    if config.k > n_latents:
-        raise InputError(f"--k is {config.k}; expected 1 to {n_latents}, the number of latents")
-    if config.tokens < config.batch_size:
-        raise InputError(
-            f"--tokens {config.tokens}: less than one --batch-size {config.batch_size}"
-        )
-    if config.batch_size % world:
-        raise InputError(f"--batch-size {config.batch_size} is not a multiple of {world} processes")
-    return dataclasses.replace(config, context_size=min(longest, config.context_size))
-
-
-def train(config: Config, penalty=l1) -> Path:
-    """Train a pair of SAEs -> the run's folder. penalty: of J (tokens, k, k) -> (tokens,).
-
-    Under torchrun each process takes its share of the text and its part of every batch; the first
-    one measures and writes. train seeds torch's global generator. An InputError (bad setting, text
-    or number) or a KeyboardInterrupt in the first process saves a checkpoint, so that --resume
-    loses no step; after any other error --resume goes on from the last checkpoint.
-    """
-    rank, world = process_number()
-    if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group()
-    model = load_language_model(config)
-    if model.device.type == "cuda":
-        torch.cuda.set_device(model.device)  # for barrier(), which is given none
-    mlp = MLP.from_model(model, config.layer)
-    config = fitted(config, model, mlp, world)
-    folder = Path(config.output_dir)
-    description = describe_run(config, penalty, mlp, world)
-    check_folder(folder, config, description)
-    if config.resume and is_finished(folder):
-        return folder
-
-    torch.manual_seed(config.seed)
-    d_model = mlp.W_in.shape[1]
-    pair = Pair(d_model, config.expansion_factor * d_model, config.k).to(model.device)
-    adam = torch.optim.Adam(pair.parameters(), fused=True)
-    if config.resume:
-        load_checkpoint(folder, pair, adam, rank)
-    if rank == 0:
-        warn_of_slow_bfloat16(config, model.device)
-    started = time.time()
-    batches = activation_batches(config, model, mlp, int(pair.step), rank, world)
-    first_batch = next(batches, None)  # now it is known that the text can be read
-    if world > 1:
-        distributed.barrier()  # all have looked at the folder before the first one writes there
-    if rank == 0 and pair.step == 0:
-        start_folder(folder, description)
-    with saved_when_stopped(folder, pair, adam, rank):
-        batches = itertools.chain([first_batch], batches)
-        optimize(config, penalty, mlp, pair, adam, batches, folder, started)
-    if rank == 0:
-        finish_folder(folder, pair, config, model, mlp)
-    return folder
-
-
-def optimize(config, penalty, mlp, pair, adam, batches, folder, started):
-    """The training loop: Adam on jsae_loss, from step pair.step + 1 to the last.
-
-    Gradients are clipped to norm 1, of both SAEs together, as in the authors' code. started: the
-    time before the first batch was made.
-    """
-    rank, world = process_number()
-    loss_of = pair
-    if world > 1:
-        loss_of = nn.parallel.DistributedDataParallel(pair, broadcast_buffers=False)
-    autocast = autocast_of(config, mlp.W_in.device)
-    n_steps = config.tokens // config.batch_size
-    log_every = max(1, min(50, n_steps // 10))
-    done = int(pair.step)
-    filled = saved = time.time()
-
-    bar = tqdm(range(done + 1, n_steps + 1), initial=done, total=n_steps, disable=rank > 0)
-    for step, x in zip(bar, batches):
-        with signals_held():
-            tokens = step * config.batch_size
-            lr, coef = schedule(config, step, n_steps)
-            adam.param_groups[0]["lr"] = lr
-            # a run that is resumed draws the same tokens for jacobian_fraction
-            torch.manual_seed((config.seed * n_steps + step) * world + rank)
-            with autocast():
-                loss, parts = loss_of(mlp, x, coef, config.jacobian_fraction, penalty)
-            adam.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(pair.parameters(), 1.0)
-            if not norm.isfinite():
-                bar.close()
-                raise InputError(f"loss {loss.item():g}, norm of the gradient {norm.item():g}")
-            adam.step()
-            pair.finish_step(parts, tokens)
-            if world > 1:
-                distributed.all_reduce(pair.last_fired, distributed.ReduceOp.MAX)
-
-            now = time.time()
-            if rank == 0 and (step % log_every == 0 or step == n_steps):
-                row = {"step": step, "tokens": tokens, "lr": lr, "coef": coef}
-                row |= measure(pair.sae_x, pair.sae_y, mlp, x, penalty)
-                row["dead_x"], row["dead_y"] = pair.dead_latents(tokens)
-                row["grad_norm"] = norm.item()
-                row["seconds"] = now - started
-                row["tokens_per_second"] = (step - done) * config.batch_size / (now - started)
-                append_metrics(folder, row)
-                bar.set_postfix(
-                    {"ev_x": row["ev_x"], "ev_y": row["ev_y"], "|J|": row["jacobian_l1"]}
-                )
-            if rank == 0 and step == 10 and done == 0:
-                # a step by itself, and its share of filling the buffer
-                n_filled = min(config.buffer_batches, n_steps)
-                per_step = (now - filled) / 10 + (filled - started) / n_filled
-                minutes = per_step * n_steps / 60
-                tqdm.write(f"about {minutes:,.1f} minutes; fewer --tokens are faster", sys.stderr)
-            if rank == 0 and (step == n_steps or now - saved > 60 * config.checkpoint_minutes):
-                save_checkpoint(folder, pair, adam)
-                saved = now
-
-
-# ---- 8. The run folder ---------------------------------------------------------------------------
-#
-#   config.json              settings, penalty, versions, and what --resume compares
-#   sae_x/, sae_y/           cfg.json and sae_weights.safetensors, as SAELens 6 reads them
-#   metrics.jsonl            a row for every 50 steps (or tenth of a shorter run)
-#   checkpoint.safetensors   what --resume needs; gone when the run is finished
-
-MAY_CHANGE = ("resume", "overwrite", "output_dir", "checkpoint_minutes", "device")  # on resuming
 
 
 def write_file(path, data):
@@ -1124,107 +1024,103 @@ def write_file(path, data):
     os.replace(part, path)
 
 
-def hash_of_local_text(dataset):
-    """SHA-256 of the local files' names and sizes (stdlib: of Python's version); "" on the hub."""
-    if dataset == "stdlib":
-        return hashlib.sha256(sys.version.encode()).hexdigest()
-    path = local_path(dataset)
-    if path is None:
-        return ""
-    lines = [f"{file.relative_to(path)} {file.stat().st_size}" for file in local_files(path)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def fitted(config, model, mlp):
+    """-> the settings with a context_size that the model takes. InputError if sizes do not fit."""
+    n_latents = config.expansion_factor * mlp.W_in.shape[1]
+    if config.k > n_latents:
+        raise InputError(f"--k is {config.k}; expected at most {n_latents}, the number of latents")
+    if config.tokens < config.batch_size:
+        raise InputError(f"--tokens {config.tokens}: less than --batch-size {config.batch_size}")
+    if config.batch_size % WORLD:
+        raise InputError(f"--batch-size {config.batch_size} is not a multiple of {WORLD} processes")
+    settings = model.config.get_text_config(decoder=True)
+    longest = [getattr(settings, name, None) or math.inf for name in LONGEST_CONTEXT]
+    return dataclasses.replace(config, context_size=min(config.context_size, *longest))
 
 
 def hash_of_weights(mlp):
     return hashlib.sha256(safetensors.torch.save(mlp.state_dict())).hexdigest()
 
 
-def describe_run(config, penalty, mlp, world):
-    """-> what config.json holds. Evaluation looks for model and text where they were found."""
-    model_path = local_path(config.model)
-    text_path = None if config.dataset == "stdlib" else local_path(config.dataset)
+def describe(config, penalty, mlp):
+    """-> what config.json holds, without the scales."""
     return {
         "config": dataclasses.asdict(config),
         "penalty": getattr(penalty, "__name__", type(penalty).__name__),
-        "processes": world,
+        "processes": WORLD,
         "mlp_sha256": hash_of_weights(mlp),
-        "text_sha256": hash_of_local_text(config.dataset),
-        "model_path": str(model_path or config.model),
-        "model_is_local": model_path is not None,
-        "text_path": str(text_path or config.dataset),
-        "text_is_local": text_path is not None or config.dataset == "stdlib",
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)},
     }
 
 
-def read_description(folder):
-    """-> what config.json holds; {} if there is none of a run. InputError if an old version's."""
+@contextmanager
+def locked(folder):
+    """Hold the folder, which is made if need be. InputError if another process holds it."""
+    if RANK > 0:  # the first process holds it for all
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "training.lock"
     try:
-        saved = json.loads((folder / "config.json").read_text())
-        is_run = "mlp_sha256" in saved
-    except (OSError, ValueError, TypeError):
+        lock = filelock.FileLock(path)
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise InputError(f"another process is training in {folder}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # of the folder: it is not empty
+            path.unlink()
+            folder.rmdir()
+        lock.release()
+
+
+def check_folder(folder, description):
+    """-> what config.json holds if this very run is in the folder, {} if nothing is.
+
+    InputError if anything else is in it.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        held = [file for file in folder.glob("*") if file.suffix not in (".lock", ".tmp")]
+        if held:
+            raise InputError(
+                f"{folder} holds no run, but {held[0].name}; name another --output-dir"
+            )
         return {}
-    if is_run and "penalty" not in saved:
-        raise InputError(
-            f"{folder} is a run of an earlier version of jsae.py: train it again elsewhere"
-        )
-    return saved if is_run else {}
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError:  # no JSON
+        saved = {}
+    if "mlp_sha256" not in saved:
+        raise InputError(f"{path} is of no run; name another --output-dir")
+    before = saved["config"] | saved
+    now = description["config"] | description
+    names = [name for name in now if name not in MAY_DIFFER and before.get(name) != now[name]]
+    if names:
+        differ = ", ".join(f"{name} {before.get(name)!r} (not {now[name]!r})" for name in names)
+        raise InputError(f"{folder} holds a run with {differ}; name another --output-dir")
+    return saved
 
 
 def is_finished(folder):
-    return (folder / "sae_y").exists()  # the last to be written
+    has_saes = (folder / "sae_y" / "sae_weights.safetensors").exists()  # the last to be written
+    return has_saes and not (folder / "checkpoint.safetensors").exists()
 
 
-def check_folder(folder, config, description):
-    """InputError unless a run can start in the folder or, with --resume, go on in it."""
-    saved = read_description(folder)
-    if config.resume:
-        if not saved:
-            raise InputError(f"--resume: {folder} holds no run (no config.json)")
-        check_unchanged(saved, description)
-        return
-    held = [path for path in folder.glob("*") if path.suffix != ".tmp"]  # .tmp: after a crash
-    taken = folder.is_file() or bool(held)
-    if not taken or (saved and config.overwrite):
-        return
-    if not saved:
-        raise InputError(f"--output-dir {folder} is taken by what is no run; name another folder")
-    if is_finished(folder):
-        raise InputError(f"{folder} holds a finished run; --overwrite replaces it")
-    raise InputError(f"{folder} holds an unfinished run; --resume goes on, --overwrite replaces it")
-
-
-def check_unchanged(saved, description):
-    """InputError if a run is to go on with other settings, weights, text or processes."""
-    for name, now in description.items():
-        compared = name not in ("config", "versions", "model_path", "text_path")
-        if compared and saved.get(name) != now:
-            raise InputError(f"--resume: {name} was {saved.get(name)!r}, now {now!r}")
-    for name, now in description["config"].items():
-        before = saved["config"].get(name)
-        if name not in MAY_CHANGE and before != now:
-            raise InputError(f"--resume: {name} was {before!r}, now {now!r}")
-
-
-def start_folder(folder, description):
-    """Remove an earlier run and write the first files of this one."""
-    shutil.rmtree(folder / "sae_y", ignore_errors=True)  # first, as it says that a run is finished
-    for path in folder.glob("*"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != "config.json":  # which is replaced: it says that the folder is a run's
-            path.unlink()
-    write_file(folder / "config.json", json.dumps(description, indent=2).encode())
-    write_file(folder / "metrics.jsonl", b"")
-
-
-def append_metrics(folder, row):
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+def new_pair(config, d_model):
+    """Two SAEs, the number of steps that they were trained, and when each latent last fired."""
+    torch.manual_seed(config.seed)
+    n_latents = config.expansion_factor * d_model
+    saes = {name: TopKSAE(d_model, n_latents, config.k) for name in ("sae_x", "sae_y")}
+    pair = nn.ModuleDict(saes)
+    pair.register_buffer("step", torch.zeros((), dtype=torch.long))
+    pair.register_buffer("last_fired", torch.zeros(2, n_latents, dtype=torch.long))  # in tokens
+    return pair
 
 
 def save_checkpoint(folder, pair, adam):
-    """Both SAEs, step, last_fired and Adam's state, in one file."""
+    """Write both SAEs, step, last_fired and Adam's state into one file."""
     tensors = pair.state_dict()
     for name, p in pair.named_parameters():
         for key, value in adam.state[p].items():
@@ -1232,387 +1128,281 @@ def save_checkpoint(folder, pair, adam):
     write_file(folder / "checkpoint.safetensors", safetensors.torch.save(tensors))
 
 
-def load_checkpoint(folder, pair, adam, rank):
-    """Load the checkpoint, if there is one, and cut metrics.jsonl back to it."""
+def load_checkpoint(folder, pair, adam):
+    """Load the checkpoint, if there is one."""
     path = folder / "checkpoint.safetensors"
-    if path.exists():
-        try:
-            tensors = safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise InputError(f"{path} is damaged ({error}); --overwrite starts anew") from error
+    if not path.exists():
+        return
+    try:
+        tensors = safetensors.torch.load_file(path)
         for name, p in pair.named_parameters():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 adam.state[p][key] = tensors.pop(f"adam.{key}.{name}").to(p.device)
         pair.load_state_dict(tensors)
-    metrics = folder / "metrics.jsonl"
-    if rank == 0 and metrics.exists():
-        rows = metrics.read_text().splitlines(keepends=True)
-        rows = [row for row in rows if row.endswith("}\n")]  # a kill can cut the last one short
-        rows = [row for row in rows if json.loads(row)["step"] <= pair.step]
-        write_file(metrics, "".join(rows).encode())
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete it to start anew") from error
 
 
-@contextmanager
-def saved_when_stopped(folder, pair, adam, rank):
-    """When bad input or a signal ends the body, save the steps that were done, and say so."""
-    try:
-        yield
-    except (InputError, KeyboardInterrupt) as error:
+def scales_of(config, mlp, batches):
+    """-> what x and y are divided by: with --normalize their mean norms / sqrt(d_model), else 1.
+
+    The means are over batches x (B, d_model), and over all processes.
+    """
+    means = torch.zeros(2, device=mlp.W_in.device)
+    for x in batches:
+        norms = torch.stack([x.norm(dim=1).mean(), mlp(x).norm(dim=1).mean()])
+        means += norms / math.sqrt(x.shape[1]) / len(batches) / WORLD
+    if WORLD > 1:
+        distributed.all_reduce(means)
+    scale_x, scale_y = means.tolist()
+    if config.normalize:
+        return {"scale_x": scale_x, "scale_y": scale_y}
+    if not 1 / 3 < scale_x / scale_y < 3:
+        sizes = f"x has a mean norm of {scale_x:.2g} sqrt(d_model), y of {scale_y:.2g}"
+        notice(f"{sizes}: the loss will see little but one of them; --normalize divides it out")
+    return {"scale_x": 1.0, "scale_y": 1.0}
+
+
+def check_agreement(done, is_saved, device):
+    """InputError unless all processes go on from the same step, of the same folder."""
+    if WORLD > 1:
+        own = torch.tensor([done, is_saved], device=device)
+        total = own.clone()
+        distributed.all_reduce(total)
+        if not torch.equal(total, WORLD * own):
+            raise InputError("the processes of this run do not see the same --output-dir")
+
+
+def train(config: Config, penalty=l1) -> Path:
+    """Train a pair of SAEs -> the run's folder. penalty: of J (tokens, k, k) -> (tokens,).
+
+    A run that was stopped, by whatever, goes on from its last checkpoint; a finished one is left as
+    it is. Under torchrun each process takes its share of the text and of every batch; the first one
+    measures and writes. InputError if settings, text or folder are not what they should be, or
+    numbers break; SystemExit after SIGINT or SIGTERM.
+    """
+    if WORLD > 1 and not distributed.is_initialized():
+        distributed.init_process_group(timeout=timedelta(hours=2))  # each reads its own text
+    model, tokenizer = load_model(config)
+    mlp = find_mlp(model, config.layer)
+    config = fitted(config, model, mlp)
+    folder = Path(config.output_dir)
+    description = describe(config, penalty, mlp)
+    with locked(folder):
+        saved = check_folder(folder, description)
+        if is_finished(folder):
+            notice(f"{folder} holds this run, finished; rm -r {folder} makes room for a new one")
+            return folder
+        notice(f"settings: {', '.join(f'{name} {value}' for name, value in vars(config).items())}")
+        pair = new_pair(config, mlp.W_in.shape[1]).to(model.device)
+        adam = torch.optim.Adam(pair.parameters(), fused=True)
+        load_checkpoint(folder, pair, adam)
         done = int(pair.step)
-        hint = "; --resume goes on" if done else ""
-        if done and rank == 0:
-            save_checkpoint(folder, pair, adam)
-        if isinstance(error, InputError):
-            raise InputError(f"step {done + 1}: {error}{hint}") from error
-        # its arguments: the signal's number (none for a plain Ctrl-C), a line for run_program
-        number = error.args[0] if error.args else signal.SIGINT
-        raise KeyboardInterrupt(number, f"stopped at step {done}{hint}") from error
+        if done:
+            notice(f"going on after step {done}; the text is read again up to there")
+        check_agreement(done, bool(saved), model.device)
+        if not saved and next(token_contexts(config, tokenizer, "held out"), None) is None:
+            notice("this text is too short to hold any out: evaluate on another --dataset")
+
+        batches = activation_batches(config, model, tokenizer, mlp, done)
+        # what is slow to read is read here, where a signal ends the program at once
+        first = list(itertools.islice(batches, 1 if saved else config.buffer_batches))
+        if not saved:
+            saved = description | scales_of(config, mlp, first)
+            if RANK == 0:
+                write_file(folder / "config.json", json.dumps(saved, indent=2).encode())
+        scale_x, scale_y = saved["scale_x"], saved["scale_y"]
+        batches = (x / scale_x for x in itertools.chain(first, batches))
+        del first  # so that it goes when it is used up
+        optimize(config, penalty, mlp.scaled(scale_x, scale_y), pair, adam, batches, folder)
+        if RANK == 0:
+            names = {module: name for name, module in model.named_modules()}  # SAELens' hooks
+            save_sae(folder / "sae_x", pair.sae_x, scale_x, config, names[mlp.maps[0]])
+            save_sae(folder / "sae_y", pair.sae_y, scale_y, config, names[mlp.maps[-1]])
+            (folder / "checkpoint.safetensors").unlink()
+    return folder
 
 
 @contextmanager
-def signals_held():
-    """SIGINT and SIGTERM that come in the body take effect after it; a second one does at once."""
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
-        yield
-        return
-    caught = []
+def noted_signals():
+    """-> a list that gets the number of a SIGINT or SIGTERM, which then does nothing else.
 
-    def hold(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    A second Ctrl-C ends the program. A second SIGTERM does not: job managers send it twice.
+    """
+    noted = []
 
-    handlers = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    def note(number, frame):
+        noted.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # which alone gets signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, note)
     try:
-        yield
+        yield noted
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    for number in caught:
-        signal.raise_signal(number)
 
 
-def finish_folder(folder, pair, config, model, mlp):
-    """Write both SAEs in the format of SAELens 6, each folder whole or not at all.
+def optimize(config, penalty, mlp, pair, adam, batches, folder):
+    """The training loop, from step pair.step + 1 to the last: Adam on jsae_loss.
+
+    Gradients are clipped to norm 1, of both SAEs together, as in the authors' code.
+    """
+    n_steps = config.tokens // config.batch_size
+    done = int(pair.step)
+    saes = pair.sae_x, pair.sae_y
+    metrics = folder / "metrics.jsonl"
+    rows = []
+    if metrics.exists():
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        rows = [row for row in rows if row["step"] <= done]
+    stop = 0  # the number of a signal that came
+    last_saved = time.time()
+    bar = tqdm(range(done + 1, n_steps + 1), initial=done, total=n_steps, disable=RANK > 0)
+    with noted_signals() as signals, bar:
+        for step, x in zip(bar, batches):
+            lr, coef = schedule(config, step, n_steps)
+            adam.param_groups[0]["lr"] = lr
+            with autocast(config, x.device):
+                loss, parts = jsae_loss(*saes, mlp, x, coef, penalty)
+            adam.zero_grad()
+            loss.backward()
+            if WORLD > 1:
+                for p in pair.parameters():
+                    distributed.all_reduce(p.grad)
+                    p.grad /= WORLD
+            norm = nn.utils.clip_grad_norm_(pair.parameters(), 1.0)
+            if not norm.isfinite():
+                raise InputError(f"step {step}: loss {loss.item():g}, gradient of norm {norm:g}")
+            adam.step()
+            tokens = step * config.batch_size
+            for sae, s, fired in zip(saes, (parts["s_x"], parts["s_y"]), pair.last_fired):
+                sae.set_decoder_norm_to_one()
+                fired[s.idx[s.acts > 0]] = tokens
+            pair.step += 1
+            stop = max(signals, default=0)
+            if WORLD > 1:
+                stop = torch.tensor(stop, device=x.device)
+                for tensor in (pair.last_fired, stop):
+                    distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+                stop = stop.item()
+
+            if RANK == 0 and (step % 50 == 0 or step == n_steps):
+                row = {"step": step, "tokens": tokens, "lr": lr, "coef": coef}
+                row |= measure(*saes, mlp, x[:512])
+                if "penalty" in parts:
+                    row["penalty"] = parts["penalty"].item()
+                dead = pair.last_fired <= max(0, tokens - 10_000_000)  # or never so far; Appendix E
+                row["dead_x"], row["dead_y"] = dead.sum(1).tolist()
+                rows.append(row)
+                write_file(metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+                shown = {"ev_x": row["ev_x"], "ev_y": row["ev_y"], "|J|": row["jacobian_l1"]}
+                bar.set_postfix(shown)
+            is_due = stop or step == n_steps or time.time() - last_saved > CHECKPOINT_SECONDS
+            if RANK == 0 and is_due:
+                save_checkpoint(folder, pair, adam)
+                last_saved = time.time()
+            if stop:
+                break
+    if stop:
+        notice(f"jsae.py: stopped after step {step}; the same command goes on from there")
+        sys.exit(128 + stop)
+
+
+def raw_tensors(tensors, scale):
+    """Of an SAE trained on v / scale, the tensors of one that takes and gives v; same latents."""
+    return tensors | {
+        "W_enc": tensors["W_enc"] / scale,
+        "W_dec": tensors["W_dec"] * scale,
+        "b_dec": tensors["b_dec"] * scale,
+    }
+
+
+def save_sae(folder, sae, scale, config, hook_name):
+    """Write an SAE, trained on v / scale, in the format of SAELens 6, where it is one of v.
 
     hook_name: x is the input of the module of that name, y the output.
     """
-    names = {module: name for name, module in model.named_modules()}
-    hooks = {"sae_x": names[mlp.readers[0]], "sae_y": names[mlp.writer]}
-    for name, hook in hooks.items():
-        tensors = getattr(pair, name).state_dict()
-        n_latents, d_model = tensors["W_enc"].shape
-        tensors["W_enc"] = tensors["W_enc"].T.contiguous()  # (d_in, d_sae) there
-        cfg = {
-            "architecture": "topk",
-            "d_in": d_model,
-            "d_sae": n_latents,
-            "k": config.k,
-            "apply_b_dec_to_input": False,
-            "dtype": "float32",
-            "device": "cpu",
-            "metadata": {
-                "sae_lens_version": "6.0.0",
-                "model_name": config.model,
-                "hook_name": hook,
-                "context_size": config.context_size,
-                "prepend_bos": True,
-            },
-        }
-        part = folder / f"{name}.tmp"
-        write_file(part / "cfg.json", json.dumps(cfg, indent=2).encode())
-        write_file(part / "sae_weights.safetensors", safetensors.torch.save(tensors))
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(part, folder / name)
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    tensors = raw_tensors(sae.state_dict(), scale)
+    n_latents, d_model = tensors["W_enc"].shape
+    tensors["W_enc"] = tensors["W_enc"].T.contiguous()  # (d_in, d_sae) there
+    cfg = {
+        "architecture": "topk",
+        "d_in": d_model,
+        "d_sae": n_latents,
+        "k": sae.k,
+        "apply_b_dec_to_input": False,
+        "dtype": "float32",
+        "device": "cpu",
+        "metadata": {
+            "sae_lens_version": "6.0.0",
+            "model_name": config.model,
+            "hook_name": hook_name,
+            "dataset_path": config.dataset,
+            "context_size": config.context_size,
+            "prepend_bos": True,
+        },
+    }
+    write_file(folder / "cfg.json", json.dumps(cfg, indent=2).encode())
+    write_file(folder / "sae_weights.safetensors", safetensors.torch.save(tensors))
 
 
 def run_folder(path_or_hub_id) -> Path:
     """-> the local folder of a run, or a local copy of its files on the hub."""
-    path = local_path(path_or_hub_id)
-    if path is not None:
+    path = Path(path_or_hub_id).expanduser()
+    if path.exists():
         return path
     files = ["config.json", "sae_x/*", "sae_y/*"]
     return Path(snapshot_download(str(path_or_hub_id), allow_patterns=files))
 
 
 def load_run(path_or_hub_id):
-    """-> (sae_x, sae_y, config) of a finished run: a folder, or the id of a hub repository."""
+    """-> (sae_x, sae_y, config) of a run: a folder, or the id of a hub repository.
+
+    They take and give raw x and y. While the run is unfinished, they are those of its checkpoint.
+    """
     try:
         folder = run_folder(path_or_hub_id)
-        description = read_description(folder)
-        if not description:
-            raise InputError("it has no config.json of a run")
-        config = Config(**description["config"])
+        saved = json.loads((folder / "config.json").read_text())
+        config = Config(**saved["config"])
         saes = []
-        for name in ("sae_x", "sae_y"):
-            tensors = safetensors.torch.load_file(folder / name / "sae_weights.safetensors")
-            tensors["W_enc"] = tensors["W_enc"].T
+        is_whole = is_finished(folder)
+        if not is_whole:
+            state = safetensors.torch.load_file(folder / "checkpoint.safetensors")
+        for side in ("x", "y"):
+            if is_whole:
+                path = folder / f"sae_{side}" / "sae_weights.safetensors"
+                tensors = safetensors.torch.load_file(path)
+                tensors["W_enc"] = tensors["W_enc"].T
+            else:
+                names = ("W_enc", "b_enc", "W_dec", "b_dec")
+                tensors = {name: state[f"sae_{side}.{name}"] for name in names}
+                tensors = raw_tensors(tensors, saved[f"scale_{side}"])
             n_latents, d_model = tensors["W_enc"].shape
             sae = TopKSAE(d_model, n_latents, config.k)
             sae.load_state_dict(tensors)
             saes.append(sae)
     except Exception as error:  # whatever is wrong with the files or the hub
-        raise InputError(f"{path_or_hub_id} is not a finished run: {error}") from error
+        raise InputError(f"{path_or_hub_id} is not a run that can be loaded: {error}") from error
     return *saes, config
 
 
-# ---- 9. Finding the MLP in a transformers model --------------------------------------------------
-#
-# Names differ from model to model, so the MLP is found by what it computes. A forward pass shows
-# which linear maps are called, with which input and output; every way in which those of one module
-# can be the W_in, W_gate and W_out of an MLP is tried, with every phi, until one reproduces y.
-
-LINEAR = (nn.Linear, transformers.Conv1D)
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-LOUDER = 50  # x is also taken this many times larger: it shows clamps, and tells phi's apart
+# ---- 8. Command line -----------------------------------------------------------------------------
 
 
-class LinearCall(NamedTuple):
-    """What a linear map did in a forward pass: y = x W^T + b, W (out, in)."""
+def make_parser(settings, usage):
+    """-> a parser with a flag for each field of a dataclass, whose source is the help.
 
-    W: Tensor
-    b: Tensor
-    x: Tensor
-    y: Tensor
-
-
-class Candidate(NamedTuple):
-    """What may be an MLP: its weights in the order of MLP's arguments, and their modules."""
-
-    weights: tuple
-    readers: list
-    writer: nn.Module
-
-
-@contextmanager
-def without_dropout(model):
-    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def mlp_of_model(model, layer):
-    """The MLP of one layer of a transformers causal LM. InputError if it has no dense one."""
-    n_words = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(32, device=model.device).reshape(2, 16) % n_words
-    run = partial(model, input_ids=ids, use_cache=False)
-    name = type(model).__name__
-    with without_dropout(model):
-        blocks = called_blocks(model, run)
-        if not 0 <= layer < len(blocks):
-            last = len(blocks) - 1
-            raise InputError(f"there is no layer {layer} of {name}; --layer takes 0 to {last}")
-        return find_mlp(blocks[layer], run, f"layer {layer} of {name}")
-
-
-def mlp_of_module(module):
-    """The MLP inside module(x). InputError if there is no single dense one."""
-    name = type(module).__name__
-    maps = [m for m in module.modules() if isinstance(m, LINEAR)]
-    if not maps:
-        raise InputError(f"{name} has no linear map; expected a dense MLP")
-    W = maps[0].weight
-    d_model = W.shape[1] if isinstance(maps[0], nn.Linear) else W.shape[0]
-    x = torch.randn(2, 16, d_model, generator=torch.Generator().manual_seed(0))
-    with without_dropout(module):
-        try:
-            return find_mlp(module, partial(module, x.to(W)), name)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # x has the width of the map that was registered first
-            raise InputError(f"{name} does not take x of width {d_model}: {error}") from error
-
-
-@torch.no_grad()
-def called_blocks(model, run):
-    """-> the largest nn.ModuleList of which run() calls every module: the blocks of the text."""
-    called = set()
-
-    def note(module, args):
-        called.add(module)
-
-    with nn.modules.module.register_module_forward_pre_hook(note):
-        run()
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    lists = [blocks for blocks in lists if called.issuperset(blocks)]
-    if not lists:
-        raise InputError(f"{type(model).__name__} has no list of blocks; expected a transformer")
-    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-
-
-@torch.no_grad()
-def watched(block, run, amplified=()):
-    """Call run() -> (the modules of block that it called, {linear map: LinearCall}).
-
-    Both are in order of execution. A map that is called twice is left out: which of its inputs is x
-    would be ambiguous. The input of the modules `amplified` is multiplied by LOUDER.
+    It returns only what was given, and raises InputError.
     """
-    inside = set(block.modules())
-    called = []
-    calls = {}
-
-    def amplify(module, args):
-        if module in amplified:
-            return (LOUDER * args[0], *args[1:])
-
-    def note(module, args, output):
-        if module not in inside:
-            return
-        called.append(module)
-        if isinstance(module, LINEAR) and module.weight.is_floating_point() and args:
-            W = module.weight if isinstance(module, nn.Linear) else module.weight.T
-            # copies, because models may add to x and y in place
-            calls[module] = LinearCall(W, module.bias, args[0].clone(), output.clone())
-
-    hooks = nn.modules.module  # hooks for all modules: two handles instead of two for each
-    with hooks.register_module_forward_pre_hook(amplify), hooks.register_module_forward_hook(note):
-        run()
-    calls = {module: call for module, call in calls.items() if called.count(module) == 1}
-    return called, calls
-
-
-def candidates_of(block, calls):
-    """Yield every Candidate: two or three maps of one module, any of them as the writer.
-
-    W_in, or W_gate and W_in in either order, are the weights of the other maps, or two halves of
-    one other map.
-    """
-    for module in block.modules():
-        children = set(module.children())
-        maps = [m for m in calls if m in children]
-        if len(maps) not in (2, 3):
-            continue
-        for writer in maps:
-            readers = [m for m in maps if m is not writer]
-            W_out, b_out = calls[writer].W, calls[writer].b
-            d_mlp = W_out.shape[1]
-            parts = []
-            for reader in readers:
-                W, b = calls[reader].W, calls[reader].b
-                for start in range(0, len(W), d_mlp):  # one part, or two of a fused map
-                    rows = slice(start, start + d_mlp)
-                    parts.append((W[rows], None if b is None else b[rows]))
-            if any(W.shape != W_out.T.shape for W, b in parts):
-                continue
-            if len(parts) == 1:
-                yield Candidate((*parts[0], W_out, b_out), readers, writer)
-            if len(parts) == 2:
-                for (W_in, b_in), (W_gate, b_gate) in (parts, parts[::-1]):
-                    weights = (W_in, b_in, W_out, b_out, W_gate, b_gate)
-                    yield Candidate(weights, readers, writer)
-
-
-def has_experts(called, candidates, calls):
-    """Whether tokens go to experts.
-
-    Then a called module has a stack of weights, or some candidates saw a part of the tokens only.
-    """
-    # the kernel of a convolution has three dimensions, too
-    others = [m for m in called if not isinstance(m, nn.modules.conv._ConvNd)]
-    weights = [p for m in others for p in m.parameters(recurse=False)]
-    n_tokens = {calls[c.writer].y[..., 0].numel() for c in candidates}
-    return any(p.ndim == 3 and min(p.shape) > 1 for p in weights) or len(n_tokens) > 1
-
-
-def known_activation(act, device):
-    """-> the known function that has the values of act, or act itself if elementwise; else None.
-
-    A foreign module may raise anything when it is given a plain vector, which means None.
-    """
-    with suppress(Exception):
-        z = torch.linspace(-LOUDER, LOUDER, 2001, device=device)
-        values = act(z)
-        for known in ACT_GRADS:
-            if torch.allclose(values, known(z), rtol=1e-6, atol=1e-5):
-                return known
-        if is_elementwise(act):
-            return act
-    return None
-
-
-def activations_of(block):
-    """-> functions to try as phi: the elementwise ones that the block holds, then the known ones.
-
-    Looked at: modules without children, and plain functions that are attributes of modules.
-    """
-    held = []
-    for module in block.modules():
-        if not isinstance(module, LINEAR) and not list(module.children()):
-            held.append(module)
-        for value in vars(module).values():
-            if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, partial)):
-                held.append(value)
-    device = next(block.parameters()).device
-    found = [known_activation(act, device) for act in held]
-    found = [act for act in found if act is not None]
-    return list(dict.fromkeys([*found, *ACT_GRADS]))  # each once
-
-
-def varies(v):
-    """Whether v (..., d) is finite and differs between tokens: a constant y fits to many MLPs."""
-    rows = v.flatten(0, -2)
-    return bool(rows.isfinite().all()) and bool((rows != rows[0]).any())
-
-
-def relative_error(mlp, x, y):
-    """|mlp(x) - y| / |y|, over all elements."""
-    y = y.to(mlp.W_in.dtype)
-    return ((mlp(x.to(mlp.W_in.dtype)) - y).norm() / y.norm()).item()
-
-
-@torch.no_grad()
-def find_mlp(block, run, where) -> MLP:
-    """The MLP in `block` that run() calls: the candidate that reproduces y best, within TOLERANCE.
-
-    It must do so at x and, unless y is not finite there, at LOUDER times x. InputError if the block
-    has experts, or nothing fits.
-    """
-    called, calls = watched(block, run)
-    candidates = list(candidates_of(block, calls))
-    if has_experts(called, candidates, calls):
-        raise InputError(f"{where} is a mixture of experts; expected one dense MLP")
-    activations = activations_of(block)
-    best = None
-    least = math.inf
-    for weights, readers, writer in candidates:
-        x, y = calls[readers[0]].x, calls[writer].y
-        if not (varies(x) and varies(y)):
-            continue
-        for act in activations:
-            mlp = MLP(*weights, act=act)
-            error = relative_error(mlp, x, y)
-            if not error <= TOLERANCE[y.dtype]:
-                continue
-            _, loud = watched(block, run, readers)
-            loud_error = error
-            if loud[writer].y.isfinite().all():
-                loud_error = relative_error(mlp, loud[readers[0]].x, loud[writer].y)
-            if loud_error <= TOLERANCE[y.dtype] and max(error, loud_error) < least:
-                best = mlp
-                best.readers = tuple(readers)
-                vars(best)["writer"] = writer  # plain assignment would make it a part of the MLP
-                least = max(error, loud_error)
-    if best is None:
-        raise InputError(f"{where} has no single dense MLP, plain or gated, that can be reproduced")
-    return best
-
-
-# ---- 10. Command line ----------------------------------------------------------------------------
-
-
-def make_parser():
-    """-> a parser of Config's fields; it returns only what was given, and raises InputError."""
-    demo = ", ".join(f"{name} {value}" for name, value in DEMO.items())
     parser = argparse.ArgumentParser(
-        prog="jsae.py",
-        usage="python jsae.py [--setting value ...]",
-        description="Train two sparse autoencoders and make the Jacobian between them sparse.",
-        epilog=f"Without --model, the defaults are those of the demo: {demo}.",
+        usage=usage,
+        description=inspect.getsource(settings).split("    def __post_init__")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -1621,72 +1411,46 @@ def make_parser():
         raise InputError(message)
 
     parser.error = refuse  # in place of a usage block and exit
-    groups = {}
-    for field in dataclasses.fields(Config):
-        about = field.metadata
-        if about["group"] not in groups:
-            groups[about["group"]] = parser.add_argument_group(about["group"])
-        group = groups[about["group"]]
+    for field in dataclasses.fields(settings):
+        kind = {"type": field.type}
         if field.type is bool:
-            group.add_argument(flag(field.name), action="store_true", help=about["text"])
-        else:
-            text = about["text"]
-            if field.default != "":
-                text += f" (default: {field.default})"
-            group.add_argument(
-                flag(field.name), type=field.type, choices=about["choices"], help=text
-            )
+            kind = {"action": argparse.BooleanOptionalAction}  # --name and --no-name
+        parser.add_argument(flag(field.name), help=argparse.SUPPRESS, **kind)
     return parser
 
 
 def run_program(name, body, argv) -> int:
-    """Call body(argv) -> exit status: 0; after one line on stderr 2, or 128 + a signal's number."""
+    """Call body(argv) -> exit status: 0; after one line on stderr 2, or 130 or 143 (signals)."""
     try:
         body(sys.argv[1:] if argv is None else argv)
         return 0
-    except SystemExit as end:  # of --help
+    except SystemExit as end:  # of --help, or of a run that a signal ended
         return end.code or 0
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        line = stop.args[1] if len(stop.args) > 1 else "stopped"
-        status = 128 + number
+    except KeyboardInterrupt:
+        line, status = "stopped", 130
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        line = f"error: {error}"
-        status = 2
+        line, status = f"error: {error}", 2
     print(f"{name}:", " ".join(line.split()), file=sys.stderr)
     return status
 
 
 def train_by_command(argv):
     """What `python jsae.py` does: parse, train, print the last metrics."""
-    given = vars(make_parser().parse_args(argv))
+    given = vars(make_parser(Config, "python jsae.py [--setting value ...]").parse_args(argv))
     if "model" not in given:
         given = DEMO | given
-        if not (HERE / DEMO["model"]).is_dir():
-            missing = f"there is no {DEMO['model']} beside jsae.py"
+        if not Path(DEMO["model"]).exists():  # this file was copied alone
+            missing = f"there is no {DEMO['model']}"
             raise InputError(f"{missing}; try --model EleutherAI/pythia-70m --layer 3")
-    config = Config(**given)
-
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
-
-    rank, world = process_number()
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # the first process saves and ends; torchrun then ends the others
-            signal.signal(number, stop if rank == 0 else signal.SIG_IGN)
-    if rank == 0:
-        shown = [*DEMO, "output_dir"]
-        print("settings:", ", ".join(f"{name} {getattr(config, name)}" for name in shown))
-    folder = train(config)
-    if world > 1:
+    folder = train(Config(**given))
+    if distributed.is_initialized():
         distributed.destroy_process_group()
-    if rank == 0:
+    if RANK == 0:
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        for name in ("ev_x", "ev_y", "jacobian_l1", "jacobian_above_0.01", "tokens_per_second"):
-            if last[name] is not None:
-                print(f"{name:22} {last[name]:,.4g}")
-        print(f"{'evaluate it with':22} python {HERE / 'evaluate.py'} {folder}")
+        for name in ("ev_x", "ev_y", "jacobian_l1", "jacobian_above_0.01"):
+            print(f"{name:22} {last[name]:,.4g}")
+        command = shlex.join(["python", str(HERE / "evaluate.py"), str(folder)])
+        print(f"{'evaluate it with':22} {command}")
 
 
 def main(argv=None) -> int:

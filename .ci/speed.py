@@ -3,8 +3,8 @@
     python .ci/speed.py [--dtype bfloat16] [--device cuda] [--rounds 5] [--only sparsify] [--scale 1]
 
 A step is forward, backward, clipping and fused Adam. Rows: the JSAE pair at Pythia-70m's shape; the
-same for a share of the tokens, at lambda 0, and with every size doubled; the paper's formula (dense
-latents, whole tables, autograd); one SAE of each peer that is installed.
+same at lambda 0, and with every size doubled; the paper's formula (dense latents, whole tables,
+autograd); one SAE of each peer that is installed.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def papers_loss(sae_x, sae_y, mlp, x, coef):
     return loss
 
 
-def pair(options, B, d, n, h, k, coef=1.0, fraction=1.0, plain=False):
+def pair(options, B, d, n, h, k, coef=1.0, plain=False):
     """-> the parameters of two SAEs, and a function that gives their loss on one random batch."""
     W_in, W_out = torch.randn(h, d) / d**0.5, torch.randn(d, h) / h**0.5
     mlp = MLP(W_in, torch.zeros(h), W_out, None).to(options.device)
@@ -53,7 +53,7 @@ def pair(options, B, d, n, h, k, coef=1.0, fraction=1.0, plain=False):
     def loss():
         if plain:
             return papers_loss(*saes, mlp, x, coef)
-        return jsae_loss(*saes, mlp, x, coef, fraction)[0]
+        return jsae_loss(*saes, mlp, x, coef)[0]
 
     return list(saes.parameters()), loss
 
@@ -106,7 +106,6 @@ def cases_of(options):
     shape = {name: size // options.scale for name, size in SHAPE.items()}
     cases = {
         "JSAE pair": (pair, shape),
-        "1 token in 8": (pair, {**shape, "fraction": 1 / 8}),
         "lambda 0": (pair, {**shape, "coef": 0.0}),
         "paper's formula": (pair, {**shape, "plain": True}),
     }

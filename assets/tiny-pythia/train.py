@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedTokenize
 
 VOCABULARY, CONTEXT, BATCH, END = 2560, 512, 16, "<|endoftext|>"
 WARM_UP, LR = 100, 4e-3
-SCALE = 1 / 4  # of the residual stream in what is saved; a power of two, so that nothing is rounded
 
 
 def read_tree(root):
@@ -99,40 +98,6 @@ def mean_loss(model, contexts, ablated_layer=None):
     return total / contexts[:, 1:].numel()
 
 
-@torch.no_grad()
-def rescale(model, c):
-    """Multiply all that is written to the residual stream by c, in place: the layer norms take it out again.
-
-    The logits stay what they were, as does what every MLP reads; what it writes becomes c times as large.
-    """
-    layers = model.gpt_neox.layers
-    writers = [model.gpt_neox.embed_in]
-    writers += [layer.attention.dense for layer in layers]
-    writers += [layer.mlp.dense_4h_to_h for layer in layers]
-
-    for writer in writers:
-        for parameter in writer.parameters():
-            parameter.mul_(c)
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps *= c**2
-    model.config.layer_norm_eps *= c**2
-
-
-@torch.no_grad()
-def variances(model, contexts, layer):
-    """Of the input and the output of one MLP: the variance over tokens, averaged over coordinates."""
-    seen = []
-    mlp = model.gpt_neox.layers[layer].mlp
-    hook = mlp.register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
-    for ids in contexts.long().split(BATCH):
-        model(ids)
-    hook.remove()
-    x, y = (torch.cat(parts).flatten(0, 1) for parts in zip(*seen))
-    return x.var(0).mean().item(), y.var(0).mean().item()
-
-
 def report(folder, contexts):
     """Print the model card's figures, measured on the saved bfloat16 weights in float32 arithmetic."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -145,8 +110,6 @@ def report(folder, contexts):
     for layer in range(model.config.num_hidden_layers):
         rise = mean_loss(model, contexts, layer) - clean
         print(f"zero-ablating the MLP of layer {layer} costs {rise:.4f} nats per token")
-        var_x, var_y = variances(model, contexts[:128], layer)
-        print(f"mean variance of its input {var_x:.3f}, of its output {var_y:.3f}")
     prompt = tokenizer(
         END + "def read_lines(path, encoding='utf-8'):\n", return_tensors="pt"
     ).input_ids
@@ -213,9 +176,6 @@ def main():
         if (step + 1) % 1000 == 0 or step + 1 == args.steps:
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(args.output)
             print(f"held out {mean_loss(model, test[:200]):.4f} nats per token", flush=True)
-
-    rescale(model, SCALE)
-    model.to(torch.bfloat16).save_pretrained(args.output)
     report(args.output, test)
 
 

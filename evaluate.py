@@ -940,9 +940,14 @@ def wrapped(label):
 
 def draw_first_look(groups):
     """|J| of the same tokens, each divided by its sum: on one scale, that of J plays no part."""
-    figure = new_figure(0.7 + 2.1 * max(2, len(groups)), "how few elements hold a token's Jacobian")
+    figure = new_figure(
+        0.7 + 2.1 * max(2, len(groups)), "how many elements hold a token's Jacobian"
+    )
     left, right = figure.subfigures(1, 2, width_ratios=(5, 4))
-    left.suptitle("|J| / sum |J| at three tokens, rows and columns by their sums", fontsize=9)
+    left.suptitle(
+        "|J| / sum |J| at the last token of three texts, rows (outputs) and columns sorted",
+        fontsize=9,
+    )
     grids = {}
     for label, group in groups.items():
         J = np.array([picture["J"] for picture in group[0]["pictures"]])  # (3, k, k)

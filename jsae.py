@@ -538,7 +538,7 @@ def is_reproduced(mlp, x, y):
     tolerance = TOLERANCE[y.dtype]
     y = y.to(mlp.W_in.dtype)
     error = (mlp(x.to(y.dtype)) - y).norm(dim=1)
-    varies = (y - y.mean(0)).norm(dim=1)
+    varies = (y - y.median(0).values).norm(dim=1)  # a mean would be that of the largest
     is_small = error < tolerance * varies  # (tokens,)
     return bool(error.norm() < tolerance * varies.norm() and is_small.float().mean() > 0.5)
 

@@ -33,15 +33,15 @@ symbols and the names in this file; a latent is a row of W_enc and a row of W_de
 
 J[b, i, j] is the derivative of output latent s_y.idx[b, i] in input latent s_x.idx[b, j].
 
-    python jsae.py                                             a small bundled model, two minutes
+    python jsae.py                                             a small bundled model, a minute or two
     python jsae.py --model EleutherAI/pythia-70m --layer 3     the paper's setting
     python jsae.py --help                                      every setting
 
 Sections 1 to 3 are the method and can be copied, with the imports, as one block. Section 4 is the
 same loss in less time and memory, section 5 finds the MLP in a transformers model, 6 to 8 train.
-test_active_jacobian_equals_torch_func_jacrev in test_jsae.py compares J with autodiff: taken at
-x_hat, it is the derivative of f_s as Eq. 3 has it; taken at x (stable setup), of
-e_y . f . (d_x + constant) . tau_k, where the constant is x - x_hat.
+test_oracle_J_equals_jacrev in test_jsae.py compares J with autodiff: taken at x_hat, it is the
+derivative of f_s as Eq. 3 has it; taken at x (stable setup), of e_y . f . (d_x + constant) . tau_k,
+where the constant is x - x_hat.
 """
 
 import argparse

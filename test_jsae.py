@@ -578,11 +578,11 @@ def test_mlp_of_every_architecture_reproduces_the_models_own(kind):
         ("mixtral", {}, "as experts"),
         ("gpt_oss", {}, "as experts"),
         ("granitemoeshared", {}, "as experts"),
-        ("qwen2_moe", {}, "as experts"),
+        ("qwen2_moe", {}, "as experts|5 of its modules fit"),
         (
             "hunyuan_v1_moe",
             {},
-            "as experts",
+            "as experts|2 of its modules fit",
         ),  # one expert that is routed to, one that is shared
         ("llama4_text", {}, "as experts"),
         ("phimoe", {}, "as experts"),
@@ -600,6 +600,9 @@ def test_mlp_of_every_architecture_reproduces_the_models_own(kind):
     ],
 )
 def test_what_is_not_one_dense_mlp_of_a_causal_model_is_refused(kind, settings, says):
+    known = vars(transformers.AutoConfig.for_model(kind))
+    if not settings.keys() <= known.keys():
+        pytest.skip(f"this version of transformers has no {list(settings)}")
     with pytest.raises(InputError, match=f"(?i){says}"):
         find_mlp(random_model(kind, **settings), 1)
 

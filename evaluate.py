@@ -527,10 +527,10 @@ class Connections:
         mean = self.sum_abs[drawn] / self.n_tokens[drawn].clamp(min=1).unsqueeze(1)
         return {f"global.{t}": (mean > t).double().mean().item() for t in THRESHOLDS}
 
-    def strongest(self):
-        """-> the output latents of the edges that contribute most over the text."""
+    def strongest(self, n=N_LATENTS):
+        """-> n output latents, those of the edges that contribute most over the text."""
         strength, rows = self.contribution.amax(1).sort(descending=True)
-        n = min(N_LATENTS, int((strength > 0).sum()))
+        n = min(n, int((strength > 0).sum()))
         return [self.latents[row] for row in rows[:n].tolist()]
 
     def strongest_inputs(self, latent):

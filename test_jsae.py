@@ -2732,3 +2732,18 @@ def test_a_recipe_says_how_it_is_run(script):
     path = jsae.HERE / "assets" / "recipes" / script
     assert f"python assets/recipes/{script}" in path.read_text()
     compile(path.read_text(), script, "exec")
+
+
+def test_the_recipe_of_latents_prints_those_of_the_report(run_copy, capsys):
+    recipe = module_from_file(jsae.HERE / "assets" / "recipes" / "latents.py")
+    assert evaluate.main([str(run_copy), "--tokens", "2000", "--functions", "2"]) == 0
+    expected = json.loads((run_copy / "evaluation.json").read_text())["latents"][:3]
+    capsys.readouterr()
+    recipe.main(str(run_copy), "3", "2000")
+    out = capsys.readouterr().out
+    latents = re.findall(r"(?m)^output latent (\d+)", out)
+    assert latents == [str(latent["latent"]) for latent in expected]
+    inputs = re.findall(r"(?m)^    input latent (\d+): (\d+)%", out)
+    edges = [edge for latent in expected for edge in latent["inputs"][:3]]
+    assert inputs == [(str(edge["latent"]), f"{100 * edge['share']:.0f}") for edge in edges]
+    assert f"{max(expected[0]['examples'][0]['acts']):6.2f}  " in out

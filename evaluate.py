@@ -37,6 +37,7 @@ from jsae import Config, InputError, Latents, active_jacobian, notice
 # ---- 1. A run and its held-out text --------------------------------------------------------------
 
 TOKENS_AT_A_TIME = 2048  # or one context, if that is longer
+MORE_TOKENS = 2**17  # at least, that are read for those of an evaluation to be drawn from
 
 
 @dataclasses.dataclass
@@ -117,14 +118,14 @@ def open_run(name, options) -> Run:
 def held_out_text(run, n_tokens, seed):
     """-> ids and documents, (contexts, T): token ids, the number of the document each is of.
 
-    Text is packed into contexts as in training. Up to four times as many as are needed are read and
-    some of them drawn: of more documents, with smaller errors. InputError if there are none.
+    Text is packed into contexts as in training. More of them are read than are needed, and some of
+    these drawn: of more documents, with smaller errors. InputError if there are none.
     """
     width = run.config.context_size - 1
     n_contexts = math.ceil(n_tokens / width)
     contexts = jsae.token_contexts(run.config, run.tokenizer, run.part)
-    n_read = n_contexts + min(3 * n_contexts, 2**20 // width)
-    ids = torch.tensor(list(islice(contexts, n_read)))  # (contexts, T)
+    n_more = min(max(3 * n_contexts, MORE_TOKENS // width), 2**20 // width)
+    ids = torch.tensor(list(islice(contexts, n_contexts + n_more)))  # (contexts, T)
     if not len(ids):
         text = f"{run.config.dataset} ({run.part})"
         raise InputError(f"{text} does not fill one context; name another text by --dataset")

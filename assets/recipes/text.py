@@ -1,12 +1,14 @@
-"""44 million characters of English technical prose from four of Debian's packages, as one .jsonl.
+"""44 million characters of technical prose from four of Debian's packages, as one .jsonl.
 
     apt-get download linux-doc-6.1 anarchism perl-doc debian-handbook
     python assets/recipes/text.py *.deb prose.jsonl
 
 .rst and .pod files as they are, and .html less its tags (of the handbook in English only; the
-kernel's is made from its .rst). Every file is cut between paragraphs into pieces of about 8,000
-characters, and the pieces of all files are shuffled: in the order of the files, a million tokens
-would be of one book. It prints how much there is, and the SHA-256 of the result.
+kernel's is made from its .rst). 3 % of the characters, and 8 % of SmolLM2's tokens, are of the
+kernel's documents in Chinese, Japanese and other languages. Every file is cut between paragraphs
+into pieces of about 8,000 characters, and the pieces of all files are shuffled: in the order of the
+files, a million tokens would be of one book. It prints how much there is, and the SHA-256 of the
+result.
 """
 
 import gzip

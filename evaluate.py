@@ -37,7 +37,7 @@ from jsae import Config, InputError, Latents, active_jacobian, notice
 # ---- 1. A run and its held-out text --------------------------------------------------------------
 
 TOKENS_AT_A_TIME = 2048  # or one context, if that is longer
-MORE_TOKENS = 2**17  # at least, that are read for those of an evaluation to be drawn from
+MORE_TOKENS = 2**17  # at least so many more are read than are evaluated, and some drawn
 
 
 @dataclasses.dataclass
@@ -510,6 +510,7 @@ class Connections:
         self.contribution = torch.zeros_like(self.n_both)  # of |J s_x,j|
 
     def add(self, J, s_x, s_y):
+        """J (B, k, k) and the Latents (B, k) of B tokens."""
         row = self.row_of[s_y.idx]  # (B, k)
         b, i = ((s_y.acts > 0) & (row >= 0)).nonzero(as_tuple=True)
         row = row[b, i]
@@ -1003,6 +1004,7 @@ def draw_bars(ax, groups):
 
 
 def draw_trade_off(groups):
+    """Nats lost over four measures of J, a point for each group."""
     figure = new_figure(
         6, "what J gains against what the language model loses (figures 5, 27 to 29)"
     )
@@ -1023,6 +1025,7 @@ def draw_trade_off(groups):
 
 
 def draw_functions(groups):
+    """A row for each group: changes of s_y,i over J, and examples of functions of each kind."""
     title = "how s_y,i changes when 1 is subtracted from s_x,j (figure 8c); functions (8a, 9, 12)"
     figure = new_figure(0.5 + 2.4 * len(groups), title)
     rows = figure.subplots(len(groups), 4, squeeze=False)

@@ -2747,4 +2747,8 @@ def test_the_recipe_of_latents_prints_those_of_the_report(run_copy, capsys):
     inputs = re.findall(r"(?m)^    input latent (\d+): (\d+)%", out)
     edges = [edge for latent in expected for edge in latent["inputs"][:3]]
     assert inputs == [(str(edge["latent"]), f"{100 * edge['share']:.0f}") for edge in edges]
-    assert f"{max(expected[0]['examples'][0]['acts']):6.2f}  " in out
+    example = expected[0]["examples"][0]
+    largest = max(example["acts"])
+    marked = example["tokens"][example["acts"].index(largest)]
+    (line,) = [line for line in out.splitlines()[1:2] if line.startswith(f"  {largest:6.2f}  ")]
+    assert repr(f"[{marked}]")[1:-1] in line

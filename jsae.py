@@ -39,37 +39,36 @@ J[b, i, j] is the derivative of output latent s_y.idx[b, i] in input latent s_x.
 
 Sections 1 to 3 are the method and can be copied, with the imports, as one block. Section 4 is the
 same loss in less time and memory, section 5 finds the MLP in a transformers model, 6 to 8 train.
-test_oracle_J_equals_jacrev in test_jsae.py compares J with autodiff: taken at x_hat, it is the
-derivative of f_s as Eq. 3 has it; taken at x (stable setup), of e_y . f . (d_x + constant) . tau_k,
-where the constant is x - x_hat.
+test_oracle_J_equals_jacrev in test_jsae.py compares J with autodiff: at x_hat, of f_s as Eq. 3 has
+it; at x (stable setup), of e_y . f . (d_x + constant) . tau_k, where the constant is x - x_hat.
 """
 
 import argparse
 import copy
+import csv
 import dataclasses
-import glob
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import shlex
-import signal
 import sys
-import tempfile
-import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import filelock
+import fsspec
 import numpy as np
+import pyarrow.parquet
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -162,19 +161,25 @@ def relu_grad(z):
 ACT_GRADS = {F.gelu: gelu_grad, tanh_gelu: tanh_gelu_grad, F.silu: silu_grad, F.relu: relu_grad}
 
 
-def with_derivative(act, device):
+def with_derivative(act, like):
     """-> phi and phi': a function of ACT_GRADS if act has its values, else act itself and autodiff.
 
-    ValueError if act is not elementwise: then act(z)[::7] differs from act(z[::7]).
+    act is tried on numbers of like's dtype and device. ValueError if it is not elementwise: then
+    act(z)[::7] differs from act(z[::7]).
     """
-    z = torch.linspace(-50, 50, 2001, device=device)
-    values = act(z.clone())  # it may work in place
-    if values.shape != z.shape or not torch.allclose(values[::7], act(z[::7].clone()), atol=1e-6):
-        raise ValueError(f"{act} is not elementwise; expected phi of an MLP")
+    z = torch.linspace(-50, 50, 2001, dtype=like.dtype, device=like.device)
+    message = f"{act} is not elementwise; expected phi of an MLP"
+    try:
+        values = act(z.clone())  # it may work in place
+        is_elementwise = torch.allclose(values[::7], act(z[::7].clone()), atol=1e-6)
+    except Exception as error:  # whatever act raises that cannot take a vector
+        raise ValueError(message) from error
+    if values.shape != z.shape or not is_elementwise:
+        raise ValueError(message)
     for known, grad in ACT_GRADS.items():
         if torch.allclose(values, known(z), rtol=1e-6, atol=1e-5):
             return known, grad
-    return act, torch.func.grad(lambda z: act(z).sum())  # element by element
+    return act, torch.func.grad(lambda z: act(z.clone()).sum())  # element by element
 
 
 def frozen_copy(weight):
@@ -199,7 +204,7 @@ class MLP(nn.Module):
             self.register_buffer(name, weight if weight is None else frozen_copy(weight))
         if isinstance(act, nn.Module):  # it may have parameters
             act = copy.deepcopy(act).requires_grad_(False)
-        self.act, self.act_grad = with_derivative(act, self.W_in.device)
+        self.act, self.act_grad = with_derivative(act, self.W_in)
         self.maps = ()  # set by find_mlp: the language model's linear maps, W_out's last
 
     def forward(self, x: Tensor) -> Tensor:
@@ -224,10 +229,13 @@ class MLP(nn.Module):
 
     def scaled(self, scale_x: float, scale_y: float) -> "MLP":
         """The same map between x / scale_x and y / scale_y."""
-        W_in, W_out = self.W_in * scale_x, self.W_out / scale_y
+        W_in = self.W_in * scale_x
+        W_out = self.W_out / scale_y
         b_out = None if self.b_out is None else self.b_out / scale_y
         W_gate = None if self.W_gate is None else self.W_gate * scale_x
-        return MLP(W_in, self.b_in, W_out, b_out, W_gate, self.b_gate, self.act)
+        mlp = MLP(W_in, self.b_in, W_out, b_out, W_gate, self.b_gate, self.act)
+        mlp.maps = self.maps
+        return mlp
 
 
 # ---- 3. The Jacobian and the loss (Eq. 5, 16, 29) ------------------------------------------------
@@ -383,9 +391,11 @@ class PenaltySum(torch.autograd.Function):
 
             J = (A @ D.mT).to(dtype).requires_grad_()  # (chunk, k_y, k_x)
             with torch.enable_grad():
-                value = penalty(J * active[chunk]).sum()
-            S = torch.autograd.grad(value, J)[0]
-            total += value.detach()
+                values = penalty(J * active[chunk])
+                if values.shape != J.shape[:1]:
+                    raise ValueError(f"penalty gives {tuple(values.shape)}; expected one per token")
+                S = torch.autograd.grad(values.sum(), J)[0]
+            total += values.detach().sum()
 
             dA = S @ D.to(dtype)  # (chunk, k_y, d_mlp)
             dD = S.mT @ A.to(dtype)  # (chunk, k_x, d_mlp)
@@ -393,8 +403,6 @@ class PenaltySum(torch.autograd.Function):
             for c, dT_x in zip(chunk_cs, dTs[1:]):
                 dT_x.index_add_(0, i_x, (c * dD).flatten(0, 1))
 
-        for i in range(len(dTs)):  # under autocast: free each float32 sum before the next is copied
-            dTs[i] = dTs[i].to(T_y.dtype)
         ctx.save_for_backward(*dTs)
         return total
 
@@ -445,10 +453,12 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, penalty=l1):
 
 # ---- 5. The MLP in a transformers model ----------------------------------------------------------
 #
-# Names differ from model to model, so the MLP is found by what it computes. Every way in which
-# two or three linear maps of one module can be W_in, W_gate and W_out is a candidate. It fits, with
-# one phi or another, if it gives y at the model's own x and at 50 times that, which reaches clamps
-# and tells phi's apart. Exactly one must fit: a wrong MLP has a wrong Jacobian.
+# Names differ from model to model, so the MLP is found by what it computes. Every way in which the
+# two or three linear maps of one module can be W_in, W_gate and W_out is a candidate. It fits if,
+# with one phi or another, it gives y at the model's own x and at 50 times that, which reaches clamps
+# and tells phi's apart. Exactly one must fit, and nothing larger may be there that does not (an MLP
+# beside an adapter): a wrong MLP has a wrong Jacobian. While training, it is compared with the model
+# again on each filling of the buffer.
 
 LINEAR = (nn.Linear, transformers.Conv1D)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -456,15 +466,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torc
 
 class InputError(ValueError):
     """What was given, what was expected, what to do: one line."""
-
-
-def forward(model, ids):
-    """The language model's output for ids (contexts, T). InputError if it cannot be had."""
-    try:
-        return model(input_ids=ids, use_cache=False)
-    except Exception as error:  # whatever a model raises, of contexts that are too long for it
-        name = type(model).__name__
-        raise InputError(f"{name} on contexts of {ids.shape[1]} tokens: {error!r}") from error
 
 
 def weight_and_bias(linear):
@@ -480,19 +481,14 @@ def candidates(block):
         linear = [child for child in module.children() if isinstance(child, LINEAR)]
         if len(linear) not in (2, 3):
             continue
-        for writer in linear:
-            readers = [m for m in linear if m is not writer]
-            weights, biases = zip(*[weight_and_bias(m) for m in readers])
-            W_out, b_out = weight_and_bias(writer)
+        for maps in itertools.permutations(linear):
+            (W, b), *second, (W_out, b_out) = [weight_and_bias(m) for m in maps]
             d_model, d_mlp = W_out.shape
-            if any(W.shape[1] != d_model for W in weights):
-                continue
-            W = torch.cat(weights)
-            b = torch.cat(biases)
-            maps = (*readers, writer)
-            if len(W) == d_mlp:
+            if second and W.shape == second[0][0].shape == (d_mlp, d_model):
+                yield maps, (*second[0], W_out, b_out, W, b)  # the first is the gate
+            if not second and W.shape == (d_mlp, d_model):
                 yield maps, (W, b, W_out, b_out)
-            if len(W) == 2 * d_mlp:  # W_in and W_gate, two maps or one, in either order
+            if not second and W.shape == (2 * d_mlp, d_model):  # W_in and W_gate in one
                 one = W[:d_mlp], b[:d_mlp]
                 other = W[d_mlp:], b[d_mlp:]
                 yield maps, (*one, W_out, b_out, *other)
@@ -503,8 +499,8 @@ def candidates(block):
 def watch(model, ids, maps, factor=1):
     """-> x of maps[0] and y of maps[-1] in the forward pass, (tokens, d_model) each.
 
-    The input of all maps but the last is multiplied by factor. None unless the two are called once,
-    on all tokens.
+    What all maps but the last are given is multiplied by factor. None unless the two are called
+    once, on all tokens.
     """
     xs = []
     ys = []
@@ -518,13 +514,11 @@ def watch(model, ids, maps, factor=1):
     def note_y(module, args, y):
         ys.append(y.flatten(0, -2).clone())  # the model may add to it in place
 
-    hooks = [reader.register_forward_pre_hook(note_x) for reader in maps[:-1]]
-    hooks.append(maps[-1].register_forward_hook(note_y))
-    try:
-        forward(model, ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for reader in maps[:-1]:
+            hooks.enter_context(reader.register_forward_pre_hook(note_x))
+        hooks.enter_context(maps[-1].register_forward_hook(note_y))
+        model(input_ids=ids, use_cache=False)
     if [len(rows) for rows in (*xs, *ys)] != [ids.numel(), ids.numel()]:
         return None
     return xs[0], ys[0]
@@ -534,98 +528,83 @@ def is_reproduced(mlp, x, y):
     """Whether mlp(x) is y (tokens, d_model) but for rounding, measured by how y varies.
 
     It must be so of all tokens together, and of the median token: one of huge norm hides the rest.
+    Tokens that are the median of y themselves, as in a text of one word, have nothing to be measured
+    by.
     """
     tolerance = TOLERANCE[y.dtype]
     y = y.to(mlp.W_in.dtype)
-    error = (mlp(x.to(y.dtype)) - y).norm(dim=1)
     varies = (y - y.median(0).values).norm(dim=1)  # a mean would be that of the largest
-    is_small = error < tolerance * varies  # (tokens,)
-    return bool(error.norm() < tolerance * varies.norm() and is_small.float().mean() > 0.5)
-
-
-def activations(block):
-    """-> functions to try as phi: the elementwise ones among the block's modules, the known ones."""
-    device = next(block.parameters()).device
-    found = []
-    for module in block.modules():
-        if not list(module.children()):
-            with suppress(Exception):  # whatever a module raises that is given a plain vector
-                found.append(with_derivative(module, device)[0])
-    return list(dict.fromkeys([*found, *ACT_GRADS]))  # each once
-
-
-def block_of(model, layer, ids):
-    """The layer's block, of the largest list of modules that are all called for ids (2, 16).
-
-    InputError if there is no such layer, or the model is not causal.
-    """
-    name = type(model).__name__
-    called = set()
-
-    def note(module, args, output):
-        called.add(module)
-
-    with nn.modules.module.register_module_forward_hook(note):
-        one, other = forward(model, ids).logits[:, :8]  # the rows of ids begin with the same 8
-    if not (one - other).norm() <= TOLERANCE[one.dtype] * one.norm():
-        raise InputError(f"{name} is not causal: what it predicts depends on what comes later")
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    lists = [blocks for blocks in lists if called.issuperset(blocks)]
-    blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=[])
-    if not 0 <= layer < len(blocks):
-        raise InputError(f"{name} has no layer {layer}; --layer takes 0 to {len(blocks) - 1}")
-    return blocks[layer]
+    compared = varies > tolerance * y.norm(dim=1)  # (tokens,)
+    varies = varies[compared]
+    error = (mlp(x.to(y.dtype)) - y)[compared].norm(dim=1)
+    fits_all = error.norm() < tolerance * varies.norm()
+    return bool(fits_all and (error / varies).median() < tolerance)
 
 
 @torch.no_grad()
 def find_mlp(model, layer) -> MLP:
-    """The MLP of one layer of a transformers causal LM that is in evaluation mode.
+    """The MLP of one layer of a transformers causal LM, whose layers are its largest ModuleList.
 
     InputError unless there is exactly one, no larger candidate, and nothing that looks like
-    experts: a stack of weights, or a candidate that is not called once, on all tokens.
+    experts: a stack of weights, or a candidate that is not called once, on all tokens. InputError if
+    the model is not causal.
     """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
     name = type(model).__name__
-    if model.training:
-        raise InputError(f"{name} is in training mode; call its eval() first")
-    ids = torch.arange(24, device=model.device) % model.get_input_embeddings().weight.shape[0]
-    ids = torch.stack([ids[:16], torch.cat([ids[:8], ids[16:]])])  # two rows that begin alike
-    block = block_of(model, layer, ids)
+    if not 0 <= layer < len(blocks):
+        raise InputError(f"{name} has no layer {layer}; --layer takes 0 to {len(blocks) - 1}")
+    block = blocks[layer]
     expected = f"layer {layer} of {name}: expected exactly one dense MLP"
     if any(p.ndim == 3 and p.shape[1] > 1 for p in block.parameters()):
         raise InputError(f"{expected}; it holds stacks of weights, as experts are")
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(24, device=model.device) % len(embedding)
+    ids = torch.stack([ids[:16], torch.cat([ids[:8], ids[16:]])])  # two rows that begin alike
+    one, other = model(input_ids=ids, use_cache=False).logits[:, :8]
+    if not one.isfinite().all():
+        raise InputError("NaN or Inf among what the model predicts: are its weights whole?")
+    if not (one - other).norm() <= TOLERANCE[one.dtype] * one.norm():
+        raise InputError("not causal: what the model predicts depends on what comes later")
 
-    acts = activations(block)
-    sizes = {}  # of each candidate's maps
-    found = {}
+    acts = list(ACT_GRADS)
+    for module in block.modules():
+        with suppress(ValueError):
+            acts.insert(0, with_derivative(module, frozen_copy(embedding[0]))[0])
+    found = []
+    sizes = []  # of all candidates
     for maps, arguments in candidates(block):
         examples = [watch(model, ids, maps, factor) for factor in (1, 50)]
         if None in examples:
             raise InputError(f"{expected}; some are not called once, on all tokens, as experts are")
-        sizes[maps] = sum(p.numel() for linear in maps for p in linear.parameters())
+        sizes.append(sum(linear.weight.numel() for linear in maps))
         for act in acts:
             mlp = MLP(*arguments, act=act)
             if all(is_reproduced(mlp, x, y) for x, y in examples):
                 mlp.maps = maps
-                found[maps] = mlp
+                found.append((sizes[-1], mlp))
                 break
     if len(found) != 1:
         raise InputError(f"{expected}; {len(found)} of its modules fit")
-    maps, mlp = found.popitem()
-    if sizes[maps] < max(sizes.values()):
+    size, mlp = found[0]
+    if size < max(sizes):
         raise InputError(f"{expected}; what fits is smaller than what does not")
     return mlp
 
 
 # ---- 6. Settings, text, activations --------------------------------------------------------------
 
-HERE = Path(__file__).resolve().parent
-RANK = int(os.environ.get("RANK", "0"))  # torchrun: number of this process, of WORLD
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+HERE = Path(globals().get("__file__", "jsae.py")).resolve().parent  # a notebook has no __file__
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # else RANK and the like are left over
+WORLD = int(os.environ.get("WORLD_SIZE") or 1) if UNDER_TORCHRUN else 1  # processes
+RANK = int(os.environ.get("RANK") or 0) if UNDER_TORCHRUN else 0  # number of this one
 LEAST = {"layer": 0, "seed": 0, "jacobian_coef": 0, "lr": 1e-9, "context_size": 2}  # others: 1
+MOST = 2**63 - 1  # of whole numbers
 CHOICES = {
     "randomize_weights": ("none", "init", "shuffle", "paper"),
     "dtype": ("auto", "float32", "bfloat16"),
 }
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclasses.dataclass
@@ -639,7 +618,7 @@ class Config:
     layer: int = 3  # whose MLP is decomposed, from 0
     randomize_weights: str = "none"  # control of section 5.3: none, init, shuffle or paper
     dataset: str = "monology/pile-uncopyrighted"  # hub id, or ID:CONFIG; local file, folder; stdlib
-    split: str = "train"  # of the data set
+    split: str = "train"  # of a data set of the hub
     column: str = "text"  # of the data set: text, or lists of token ids
     context_size: int = 2048  # tokens, at most what the model takes
     k: int = 32  # active latents per token, in both SAEs
@@ -657,9 +636,15 @@ class Config:
 
     def __post_init__(self):
         check_settings(self)
-        self.model = absolute_if_local(self.model)
-        if self.dataset != "stdlib":
-            self.dataset = absolute_if_local(self.dataset)
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.dtype == "auto":
+            is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.dtype = "bfloat16" if "cuda" in self.device and is_fast else "float32"
+        for name in ("model", "dataset"):  # to be found again from another folder
+            path = Path(getattr(self, name)).expanduser()
+            if path.exists() and getattr(self, name) != "stdlib":
+                setattr(self, name, str(path.absolute()))
         if not self.output_dir:
             name = f"{Path(self.model).name}-L{self.layer}-R{self.expansion_factor}-k{self.k}"
             name += f"-lambda{self.jacobian_coef:g}-{self.tokens / 1e6:g}M-seed{self.seed}"
@@ -671,10 +656,9 @@ class Config:
         self.output_dir = str(Path(self.output_dir).expanduser())
 
 
-DEMO = {
+DEMO = {  # with settings of your own: Config(**DEMO | {"tokens": 1_000_000})
     "model": str(HERE / "assets" / "tiny-pythia"),
     "layer": 0,
-    "jacobian_coef": 1.0,
     "normalize": True,
     "dataset": "stdlib",
     "context_size": 256,
@@ -686,14 +670,14 @@ DEMO = {
 }
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def notice(text):
     """Print a line on stderr, above the progress bar, in the first process only."""
     if RANK == 0:
         tqdm.write(text, sys.stderr)
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 
 def check_settings(settings):
@@ -707,27 +691,19 @@ def check_settings(settings):
         if field.type in (int, float):
             least = LEAST.get(field.name, 1)
             is_number = isinstance(value, (int, field.type))
-            if not is_number or not least <= value < math.inf:  # NaN is not
-                raise InputError(f"{given}; expected {field.type.__name__}, {least} or more")
-
-
-def absolute_if_local(name):
-    """The absolute path of a file or folder of that name; if there is none, the name: a hub id."""
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name
+            if not is_number or not least <= value <= MOST:  # NaN is not
+                kind = "a whole number" if field.type is int else "a number"
+                raise InputError(f"{given}; expected {kind} from {least} to 2^63 - 1")
 
 
 def load_model(config):
     """-> the causal LM of the settings or its random control, frozen, in float32; its tokenizer."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # what torchrun gives this process
     name = config.model
     options = {"trust_remote_code": False}
-    if not Path(name).exists() and "@" in name:
+    if "@" in name and not Path(name).exists():
         name, options["revision"] = name.split("@", 1)
+    if Path(name, "adapter_config.json").exists():  # transformers may ignore it without a word
+        raise InputError(f"--model {name} holds an adapter: merge it into its model first")
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
@@ -737,13 +713,9 @@ def load_model(config):
             raise InputError(f"{len(wrong)} weights are missing or of another size, as {wrong[0]}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         model = randomized(model, config.randomize_weights, config.seed)
-        model = model.eval().requires_grad_(False).to(device)
-        words = tokenizer("a", add_special_tokens=False).input_ids
+        return model.eval().requires_grad_(False).to(config.device), tokenizer
     except Exception as error:  # whatever transformers, the hub or the device raises
-        raise InputError(f"--model {config.model} on {device}: {error}") from error
-    if not words:  # its files are missing
-        raise InputError(f"--model {config.model}: its tokenizer knows no words")
-    return model, tokenizer
+        raise InputError(f"--model {config.model} on {config.device}: {error}") from error
 
 
 @torch.no_grad()
@@ -783,95 +755,146 @@ def stdlib_files():
         yield (root / name).read_text("utf-8", "replace"), is_held_out(name.encode())
 
 
+def kind_of_file(path):
+    """The suffix of a file's name, without that of a compression."""
+    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
+
+
+def open_file(path):
+    """Open a local file to read bytes; of a compressed one, those that are in it."""
+    compression = "infer" if path.suffix in COMPRESSED else None
+    return fsspec.filesystem("file").open(path, "rb", compression=compression)
+
+
+def is_text(path):
+    """Whether a local path is a file that can be read: no .json, no zero byte at its start."""
+    if not path.is_file() or kind_of_file(path) == ".json":
+        return False
+    with open_file(path) as file:
+        return path.suffix == ".parquet" or b"\0" not in file.read(2**16)
+
+
+def local_files(root):
+    """-> (files to read, in order of names; files passed over) of a local file or folder.
+
+    A folder is all files below it but hidden ones. Passed over is what cannot be text (pictures,
+    UTF-16, .zip), a .json, a link to a folder, and what is in the folder of a run.
+    """
+    paths = sorted(root.rglob("*")) if root.is_dir() else [root]
+    settings = [path for path in paths if path.name == "config.json"]
+    runs = {path.parent for path in settings if b"mlp_sha256" in path.read_bytes()}
+    files = []
+    passed_over = []
+    for path in paths:
+        is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        is_folder = path.is_dir() and not path.is_symlink()
+        if is_hidden or is_folder:
+            continue
+        is_read = runs.isdisjoint(path.parents) and is_text(path)
+        (files if is_read else passed_over).append(path)
+    return files, passed_over
+
+
+def rows_of(path, column):
+    """Yield the rows, dicts, of a local file: .jsonl, .csv or .parquet; any other is one text."""
+    kind = kind_of_file(path)
+    if kind == ".parquet":
+        table = pyarrow.parquet.ParquetFile(path)
+        columns = [column] if column in table.schema_arrow.names else None
+        for batch in table.iter_batches(64, columns=columns):
+            yield from batch.to_pylist()
+        return
+    with open_file(path) as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", "replace")
+        if kind == ".jsonl":
+            yield from (json.loads(line) for line in text if line.strip())
+        elif kind == ".csv":
+            csv.field_size_limit(2**31 - 1)  # characters of a field; the default is 2^17
+            yield from csv.DictReader(text)
+        else:
+            yield {column: text.read()}
+
+
 def load_rows(config):
-    """Yield the rows, dicts, of a data set of the hub or of a local file or folder."""
+    """Yield (row, where it stands) of a data set of the hub, or of a local file or folder."""
     path = Path(config.dataset)
     if not path.exists():
         name = config.dataset.split(":", 1)
-        yield from datasets.load_dataset(*name, split=config.split, streaming=True)
-    elif (path / "dataset_dict.json").exists():
-        yield from datasets.load_from_disk(str(path))[config.split]
-    elif (path / "state.json").exists():
-        yield from datasets.load_from_disk(str(path))
+        sources = {path: datasets.load_dataset(*name, split=config.split, streaming=True)}
+    elif (path / "state.json").exists():  # by save_to_disk
+        sources = {path: datasets.load_from_disk(str(path))}
     else:
-        options = {}
-        if path.is_file():
-            options["data_files"] = glob.escape(path.name)
-            path = path.parent
-        with tempfile.TemporaryDirectory() as cache:  # the hub's may not be writable
-            builder = datasets.load_dataset_builder(str(path), cache_dir=cache, **options)
-            if hasattr(builder.config, "sample_by"):  # plain text
-                builder.config.sample_by = "document"  # a file
-                builder.config.encoding_errors = "replace"
-            yield from builder.as_streaming_dataset(split=config.split)
+        sources = {file: rows_of(file, config.column) for file in local_files(path)[0]}
+    for source, rows in sources.items():
+        number = 0
+        try:
+            for number, row in enumerate(rows, 1):
+                yield row, f"{source}, row {number}"
+        except Exception as error:  # whatever a library that reads text raises
+            raise InputError(f"{source}, after row {number}: {error}") from error
 
 
 def pieces(config):
-    """Yield (text or token ids, whether it is held out): one pass over the text.
+    """Yield (text or token ids, whether it is held out, number of its document): one pass.
 
-    A piece is at most 2^14 characters or ids of a document. Its content alone decides whether it is
-    held out, so that no other text can move it from one part to the other (of stdlib, the path of a
-    file, which is one piece).
+    A document is a row or, of stdlib and plain texts, a file. A piece is at most 2^14 characters or
+    ids of it. Its content alone decides whether it is held out, so that no other text can move it
+    from one part to the other (of stdlib, the path of a file, which is one piece).
     """
     if config.dataset == "stdlib":
-        yield from stdlib_files()
+        for number, (text, held_out) in enumerate(stdlib_files()):
+            yield text, held_out, number
         return
-    for row in load_rows(config):
-        if config.column not in row:
-            raise InputError(f"no column {config.column} among {list(row)}; name one by --column")
-        content = row[config.column]
-        if content is None:
-            continue
+    for number, (row, place) in enumerate(load_rows(config)):
+        content = row.get(config.column, 0)  # 0: there is no such column
         is_ids = isinstance(content, list) and all(isinstance(i, int) for i in content)
-        if not is_ids and not isinstance(content, str):
-            expected = "expected text or a list of token ids"
-            raise InputError(f"column {config.column} holds {str(content)[:40]}; {expected}")
-        for start in range(0, len(content), 2**14):
+        if not is_ids and not isinstance(content, str) and content is not None:
+            expected = f"no text or token ids in column {config.column}"
+            raise InputError(f"{place}: {expected} of {list(row)}; --column names another")
+        for start in range(0, len(content or ""), 2**14):
             piece = content[start : start + 2**14]
-            yield piece, is_held_out(str(piece).encode("utf-8", "replace"))
-
-
-def special_ids(tokenizer):
-    """-> what every context starts with, BOS or else EOS, and what ends a text: [id], or []."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    start = end if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return start, end
+            data = str(piece).encode("utf-8", "replace")  # half a pair of surrogates becomes "?"
+            yield piece if is_ids else data.decode(), is_held_out(data), number
 
 
 def token_contexts(config, tokenizer, part, rank=0, world=1):
-    """Yield contexts, lists of context_size token ids: one pass over a part of the text.
+    """Yield contexts, (token ids, number of the document of each): one pass over a part of the text.
 
     part: "training", "held out" or "all"; of `world` processes, number `rank` takes every world-th
-    piece of it. A context is the start token and a row of packed pieces, those of text with the end
-    token behind each. Rows of ids are taken as they are, and may bring the start token.
+    piece of it. A context has context_size tokens: the BOS (or end-of-text) token and a row of
+    packed pieces, those of text with the end-of-text token behind each. Names of special tokens in a
+    text are plain text. Rows of ids are taken as they are, and may bring the first token.
     InputError if the text cannot be read.
     """
     wanted = {"training": (False,), "held out": (True,), "all": (False, True)}[part]
-    start, end = special_ids(tokenizer)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    start = end if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     ids = []  # that are not in a context yet
+    documents = []
     try:
-        chosen = (piece for piece, held_out in pieces(config) if held_out in wanted)
+        chosen = ((piece, n) for piece, held_out, n in pieces(config) if held_out in wanted)
         chosen = itertools.islice(chosen, rank, None, world)
-        while True:
-            batch = list(itertools.islice(chosen, 64))
-            if not batch:
-                return
-            is_text = isinstance(batch[0], str)
+        while batch := list(itertools.islice(chosen, 64)):
+            contents, numbers = zip(*batch)
+            is_text = isinstance(contents[0], str)
             if is_text:
-                batch = tokenizer(batch, add_special_tokens=False, verbose=False).input_ids
-            for piece in batch:
+                contents = tokenizer(list(contents), **plain).input_ids
+            for piece, number in zip(contents, numbers):
+                piece = piece + end if is_text else piece
                 ids += piece
-                ids += end if is_text else []
+                documents += [number] * len(piece)
             done = 0
             while True:
                 has_start = not is_text and ids[done : done + 1] == start
                 first = [] if has_start else start
-                row = ids[done : done + config.context_size - len(first)]
-                if len(first) + len(row) < config.context_size:
+                row = slice(done, done + config.context_size - len(first))
+                if len(ids) < row.stop:
                     break
-                yield [*first, *row]
-                done += len(row)
+                yield first + ids[row], documents[done : done + len(first)] + documents[row]
+                done = row.stop
             ids = ids[done:]
+            documents = documents[done:]
     except Exception as error:  # whatever a library that reads text raises
         raise InputError(f"--dataset {config.dataset}: {str(error) or repr(error)}") from error
 
@@ -880,11 +903,11 @@ def training_contexts(config, tokenizer):
     """Yield contexts to train on without end: text that ends begins again, with a notice."""
     for number in itertools.count(1):
         n = 0
-        for context in token_contexts(config, tokenizer, "training", RANK, WORLD):
-            yield context
+        for ids, _ in token_contexts(config, tokenizer, "training", RANK, WORLD):
+            yield ids
             n += 1
         if n == 0:
-            raise InputError(f"--dataset {config.dataset} does not fill one context")
+            raise InputError(f"--dataset {config.dataset}: expected text for one context at least")
         if number == 1:
             notice(f"{config.dataset} begins again after {n:,} contexts")
 
@@ -909,10 +932,12 @@ def mlp_inputs(model, mlp, ids):
 
 def check_text(model, mlp, ids):
     """InputError unless the model knows all ids (contexts, T), and mlp gives its y in the first."""
-    n_words = model.get_input_embeddings().weight.shape[0]
+    n_words = len(model.get_input_embeddings().weight)
     least, most = ids.min().item(), ids.max().item()
     if least < 0 or most >= n_words:
         raise InputError(f"token ids {least} to {most}; the model knows 0 to {n_words - 1}")
+    if len(ids[0].unique()) == 1:  # one word, whose y has nothing to be compared by
+        return
     seen = watch(model, ids[:1], mlp.maps)
     if seen is None or not is_reproduced(mlp, *seen):
         raise InputError("on this text, the model's MLP is not the one that was found")
@@ -922,10 +947,7 @@ def one_ahead(items):
     """Yield the items of an iterator; while one is in use, a thread makes the next."""
     with ThreadPoolExecutor(1) as thread:
         upcoming = thread.submit(next, items, None)
-        while True:
-            item = upcoming.result()
-            if item is None:
-                return
+        while (item := upcoming.result()) is not None:
             upcoming = thread.submit(next, items, None)
             yield item
 
@@ -941,17 +963,17 @@ def activation_batches(config, model, tokenizer, mlp, done=0):
     batch_size = config.batch_size // WORLD
     n_contexts = math.ceil(config.buffer_batches * batch_size / width)
     n_fillings = math.ceil(config.tokens // config.batch_size / config.buffer_batches)
-    first, done_in_first = divmod(done, config.buffer_batches)  # filling to go on with
+    first, n_used = divmod(done, config.buffer_batches)  # filling to go on with, batches used of it
     contexts = training_contexts(config, tokenizer)
     for _ in itertools.islice(contexts, first * n_contexts):
         pass  # here and not in the thread below, where Ctrl-C would wait for the end
     texts = (list(itertools.islice(contexts, n_contexts)) for _ in range(first, n_fillings))
-    buffer = torch.empty(n_contexts, width, mlp.W_in.shape[1], device=model.device)
+    buffer = mlp.W_in.new_empty(n_contexts, width, mlp.W_in.shape[1])
     at_a_time = max(1, 2**13 // config.context_size)  # contexts in a forward pass
 
     for filling, ids in enumerate(one_ahead(texts), first):
         ids = torch.tensor(ids, device=model.device)  # (n_contexts, context_size)
-        with autocast(config, model.device):
+        with torch.autocast(model.device.type, torch.bfloat16, config.dtype == "bfloat16"):
             check_text(model, mlp, ids)
             for i in range(0, n_contexts, at_a_time):
                 x = mlp_inputs(model, mlp, ids[i : i + at_a_time])
@@ -960,31 +982,25 @@ def activation_batches(config, model, tokenizer, mlp, done=0):
         if not rows.isfinite().all():
             raise InputError(f"NaN or Inf among the inputs x of layer {config.layer}'s MLP")
         order = np.random.default_rng([config.seed, RANK, filling]).permutation(len(rows))
-        chosen_rows = torch.from_numpy(order).to(model.device).split(batch_size)
-        n_done = done_in_first if filling == first else 0
-        for chosen in chosen_rows[n_done : config.buffer_batches]:
+        batches = torch.from_numpy(order).to(model.device).split(batch_size)
+        for chosen in batches[n_used : config.buffer_batches]:
             yield rows[chosen]
+        n_used = 0
 
 
 # ---- 7. Training ---------------------------------------------------------------------------------
 #
 # A run's folder:
-#   config.json              settings, penalty, processes, hash of the MLP's weights, scales, versions
+#   config.json              settings, penalty, processes, hash of the MLP's weights, versions
 #   metrics.jsonl            a row for every 50 steps
 #   checkpoint.safetensors   from which the same command goes on; gone when the run is finished
 #   sae_x/, sae_y/           cfg.json and sae_weights.safetensors, as SAELens 6 reads them
+#
+# The last file of sae_y is the last to be written: a run that has it is finished.
 
-CHECKPOINT_SECONDS = 600
-LONGEST_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length")
+LAST_FILE = "sae_y/sae_weights.safetensors"
+CHECKPOINT_SECONDS = 30  # at least; and twenty times as long as it takes to write one
 MAY_DIFFER = ("device", "output_dir", "config", "versions")  # when a run goes on
-
-
-def autocast(config, device):
-    """-> the torch.autocast of the settings."""
-    bfloat16 = config.dtype == "bfloat16"
-    if config.dtype == "auto" and device.type == "cuda":
-        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def schedule(config, step, n_steps):
@@ -1017,319 +1033,249 @@ def write_file(path, data):
     """Write bytes so that after a crash the file is whole, or what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def fitted(config, model, mlp):
-    """-> the settings with a context_size that the model takes. InputError if sizes do not fit."""
-    n_latents = config.expansion_factor * mlp.W_in.shape[1]
-    if config.k > n_latents:
-        raise InputError(f"--k is {config.k}; expected at most {n_latents}, the number of latents")
-    if config.tokens < config.batch_size:
-        raise InputError(f"--tokens {config.tokens}: less than --batch-size {config.batch_size}")
-    if config.batch_size % WORLD:
-        raise InputError(f"--batch-size {config.batch_size} is not a multiple of {WORLD} processes")
-    settings = model.config.get_text_config(decoder=True)
-    longest = [getattr(settings, name, None) or math.inf for name in LONGEST_CONTEXT]
-    return dataclasses.replace(config, context_size=min(config.context_size, *longest))
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.replace(part, path)
+        except OSError:  # a network disk may need another moment
+            time.sleep(1)
+            os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()  # of a full disk
+        raise InputError(f"{path} cannot be written, {len(data):,} bytes: {error}") from error
 
 
 def hash_of_weights(mlp):
     return hashlib.sha256(safetensors.torch.save(mlp.state_dict())).hexdigest()
 
 
-def describe(config, penalty, mlp):
-    """-> what config.json holds, without the scales."""
-    return {
-        "config": dataclasses.asdict(config),
-        "penalty": getattr(penalty, "__name__", type(penalty).__name__),
-        "processes": WORLD,
-        "mlp_sha256": hash_of_weights(mlp),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)},
-    }
-
-
-@contextmanager
-def locked(folder):
-    """Hold the folder, which is made if need be. InputError if another process holds it."""
-    if RANK > 0:  # the first process holds it for all
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "training.lock"
-    try:
-        lock = filelock.FileLock(path)
-        lock.acquire(blocking=False)
-    except filelock.Timeout as error:
-        raise InputError(f"another process is training in {folder}") from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # of the folder: it is not empty
-            path.unlink()
-            folder.rmdir()
-        lock.release()
-
-
 def check_folder(folder, description):
-    """-> what config.json holds if this very run is in the folder, {} if nothing is.
-
-    InputError if anything else is in it.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        held = [file for file in folder.glob("*") if file.suffix not in (".lock", ".tmp")]
-        if held:
-            raise InputError(
-                f"{folder} holds no run, but {held[0].name}; name another --output-dir"
-            )
-        return {}
-    try:
-        saved = json.loads(path.read_text())
-    except ValueError:  # no JSON
-        saved = {}
-    if "mlp_sha256" not in saved:
-        raise InputError(f"{path} is of no run; name another --output-dir")
-    before = saved["config"] | saved
+    """InputError if the folder holds another run than that of the description."""
+    if not (folder / "config.json").exists():
+        return
+    saved = json.loads((folder / "config.json").read_text())
+    before = saved.get("config", {}) | saved
     now = description["config"] | description
     names = [name for name in now if name not in MAY_DIFFER and before.get(name) != now[name]]
     if names:
         differ = ", ".join(f"{name} {before.get(name)!r} (not {now[name]!r})" for name in names)
         raise InputError(f"{folder} holds a run with {differ}; name another --output-dir")
-    return saved
 
 
-def is_finished(folder):
-    has_saes = (folder / "sae_y" / "sae_weights.safetensors").exists()  # the last to be written
-    return has_saes and not (folder / "checkpoint.safetensors").exists()
+def new_pair(config, d_model, device):
+    """-> two SAEs, and their Adam. The pair's state_dict holds all that a run goes on from.
 
-
-def new_pair(config, d_model):
-    """Two SAEs, the number of steps that they were trained, and when each latent last fired."""
+    Beside the SAEs these are the steps done, what x and y are divided by, when each latent last had
+    a positive value (in tokens), and Adam's own state.
+    """
     torch.manual_seed(config.seed)
     n_latents = config.expansion_factor * d_model
     saes = {name: TopKSAE(d_model, n_latents, config.k) for name in ("sae_x", "sae_y")}
-    pair = nn.ModuleDict(saes)
+    pair = nn.ModuleDict(saes).to(device, torch.float32)
     pair.register_buffer("step", torch.zeros((), dtype=torch.long))
-    pair.register_buffer("last_fired", torch.zeros(2, n_latents, dtype=torch.long))  # in tokens
-    return pair
+    pair.register_buffer("scales", torch.ones(2, dtype=torch.float32))
+    fired = torch.zeros(2, n_latents, dtype=torch.long, device=device)
+    pair.register_buffer("last_fired", fired)
+    adam = torch.optim.Adam(pair.parameters(), fused=True)
+    for n, p in enumerate(pair.parameters()):
+        step = torch.zeros((), dtype=torch.float32, device=device)
+        adam.state[p] = {"step": step, "exp_avg": p.new_zeros(p.shape)}
+        adam.state[p]["exp_avg_sq"] = p.new_zeros(p.shape)
+        for key, tensor in adam.state[p].items():
+            pair.register_buffer(f"adam_{n}_{key}", tensor)
+    return pair, adam
 
 
-def save_checkpoint(folder, pair, adam):
-    """Write both SAEs, step, last_fired and Adam's state into one file."""
-    tensors = pair.state_dict()
-    for name, p in pair.named_parameters():
-        for key, value in adam.state[p].items():
-            tensors[f"adam.{key}.{name}"] = value
-    write_file(folder / "checkpoint.safetensors", safetensors.torch.save(tensors))
+def hook_names(model, mlp):
+    """-> names of the modules whose outputs x and y are, as SAELens wants; None where none is."""
+    names = {module: name for name, module in model.named_modules()}
+    outputs = []
+    sources = []
+
+    def note(module, args, output):
+        outputs.append((names.get(module), output))
+        if module is mlp.maps[0]:
+            sources.extend(name for name, output in outputs if output is args[0])
+
+    with torch.no_grad(), nn.modules.module.register_module_forward_hook(note):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    return sources[0] if sources else None, names[mlp.maps[-1]]
 
 
-def load_checkpoint(folder, pair, adam):
-    """Load the checkpoint, if there is one."""
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return
-    try:
-        tensors = safetensors.torch.load_file(path)
-        for name, p in pair.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                adam.state[p][key] = tensors.pop(f"adam.{key}.{name}").to(p.device)
-        pair.load_state_dict(tensors)
-    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged ({error}); delete it to start anew") from error
+def check_batches(config):
+    """InputError unless there is one whole batch, and the processes of torchrun can share it."""
+    given = f"--batch-size is {config.batch_size}"
+    if config.tokens < config.batch_size:
+        raise InputError(f"{given}; expected at most --tokens, which is {config.tokens}")
+    if config.batch_size % WORLD:
+        raise InputError(f"{given}; expected a multiple of {WORLD}, the number of processes")
+    if WORLD > 1 and ":" in config.device:
+        raise InputError(f"--device is {config.device}; expected cuda: each process has its GPU")
 
 
-def scales_of(config, mlp, batches):
-    """-> what x and y are divided by: with --normalize their mean norms / sqrt(d_model), else 1.
-
-    The means are over batches x (B, d_model), and over all processes.
-    """
-    means = torch.zeros(2, device=mlp.W_in.device)
-    for x in batches:
-        norms = torch.stack([x.norm(dim=1).mean(), mlp(x).norm(dim=1).mean()])
-        means += norms / math.sqrt(x.shape[1]) / len(batches) / WORLD
-    if WORLD > 1:
-        distributed.all_reduce(means)
-    scale_x, scale_y = means.tolist()
-    if config.normalize:
-        return {"scale_x": scale_x, "scale_y": scale_y}
-    if not 1 / 3 < scale_x / scale_y < 3:
-        sizes = f"x has a mean norm of {scale_x:.2g} sqrt(d_model), y of {scale_y:.2g}"
-        notice(f"{sizes}: the loss will see little but one of them; --normalize divides it out")
-    return {"scale_x": 1.0, "scale_y": 1.0}
-
-
-def check_agreement(done, is_saved, device):
-    """InputError unless all processes go on from the same step, of the same folder."""
-    if WORLD > 1:
-        own = torch.tensor([done, is_saved], device=device)
-        total = own.clone()
-        distributed.all_reduce(total)
-        if not torch.equal(total, WORLD * own):
-            raise InputError("the processes of this run do not see the same --output-dir")
-
-
+@torch.enable_grad()  # a notebook may have switched it off
 def train(config: Config, penalty=l1) -> Path:
     """Train a pair of SAEs -> the run's folder. penalty: of J (tokens, k, k) -> (tokens,).
 
-    A run that was stopped, by whatever, goes on from its last checkpoint; a finished one is left as
-    it is. Under torchrun each process takes its share of the text and of every batch; the first one
+    A run that was stopped goes on from its last checkpoint; a finished one is left as it is. On a
+    CPU it ends at the same bits; on CUDA sums are added in any order. Under torchrun each process
+    takes its share of the text and of every batch, and must see the same folder; the first one
     measures and writes. InputError if settings, text or folder are not what they should be, or
-    numbers break; SystemExit after SIGINT or SIGTERM.
+    numbers break.
     """
+    check_batches(config)
     if WORLD > 1 and not distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group(timeout=timedelta(hours=2))  # each reads its own text
     model, tokenizer = load_model(config)
+    settings = model.config.get_text_config(decoder=True)
+    longest = getattr(settings, "max_position_embeddings", None) or 0
+    if longest > 0:
+        config = dataclasses.replace(config, context_size=min(config.context_size, longest))
     mlp = find_mlp(model, config.layer)
-    config = fitted(config, model, mlp)
     folder = Path(config.output_dir)
-    description = describe(config, penalty, mlp)
-    with locked(folder):
-        saved = check_folder(folder, description)
-        if is_finished(folder):
-            notice(f"{folder} holds this run, finished; rm -r {folder} makes room for a new one")
-            return folder
-        notice(f"settings: {', '.join(f'{name} {value}' for name, value in vars(config).items())}")
-        pair = new_pair(config, mlp.W_in.shape[1]).to(model.device)
-        adam = torch.optim.Adam(pair.parameters(), fused=True)
-        load_checkpoint(folder, pair, adam)
-        done = int(pair.step)
-        if done:
-            notice(f"going on after step {done}; the text is read again up to there")
-        check_agreement(done, bool(saved), model.device)
-        if not saved and next(token_contexts(config, tokenizer, "held out"), None) is None:
-            notice("this text is too short to hold any out: evaluate on another --dataset")
+    name_of_penalty = getattr(penalty, "__name__", "<>")
+    if "<" in name_of_penalty:  # a lambda, a partial
+        raise InputError("the penalty is known by its name: define it by def")
+    description = {
+        "config": dataclasses.asdict(config),
+        "penalty": name_of_penalty,
+        "processes": WORLD,
+        "mlp_sha256": hash_of_weights(mlp),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)},
+    }
+    check_folder(folder, description)
+    checkpoint = folder / "checkpoint.safetensors"
+    if (folder / LAST_FILE).exists():
+        if RANK == 0:
+            checkpoint.unlink(missing_ok=True)  # killed before it was gone
+        notice(f"{folder} holds this run, finished; rm -r {folder} makes room for a new one")
+        return folder
 
-        batches = activation_batches(config, model, tokenizer, mlp, done)
-        # what is slow to read is read here, where a signal ends the program at once
-        first = list(itertools.islice(batches, 1 if saved else config.buffer_batches))
-        if not saved:
-            saved = description | scales_of(config, mlp, first)
-            if RANK == 0:
-                write_file(folder / "config.json", json.dumps(saved, indent=2).encode())
-        scale_x, scale_y = saved["scale_x"], saved["scale_y"]
-        batches = (x / scale_x for x in itertools.chain(first, batches))
-        del first  # so that it goes when it is used up
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock", timeout=0) if RANK == 0 else nullcontext()
+    with lock:  # filelock's Timeout, if another process holds it, is an OSError
+        pair, adam = new_pair(config, mlp.W_in.shape[1], model.device)
+        if Path(config.dataset).is_dir():
+            files, passed_over = local_files(Path(config.dataset))
+            names = " ".join(str(path) for path in passed_over[:9])
+            notice(f"{len(files)} files are read, {len(passed_over)} passed over: {names}")
+        if checkpoint.exists():
+            pair.load_state_dict(safetensors.torch.load_file(checkpoint))
+            notice(f"going on after step {pair.step}; the text is read again up to there")
+        elif next(token_contexts(config, tokenizer, "held out"), None) is None:
+            notice("this text is too short to hold any out: evaluate on another --dataset")
+        batches = activation_batches(config, model, tokenizer, mlp, int(pair.step))
+        first = next(batches)
+        if pair.step == 0:
+            pair.scales.copy_(scales_of(config, mlp, first))
+        scale_x, scale_y = pair.scales.tolist()
+        batches = (x / scale_x for x in itertools.chain([first], batches))
+        if RANK == 0:
+            write_file(folder / "config.json", json.dumps(description, indent=2).encode())
         optimize(config, penalty, mlp.scaled(scale_x, scale_y), pair, adam, batches, folder)
         if RANK == 0:
-            names = {module: name for name, module in model.named_modules()}  # SAELens' hooks
-            save_sae(folder / "sae_x", pair.sae_x, scale_x, config, names[mlp.maps[0]])
-            save_sae(folder / "sae_y", pair.sae_y, scale_y, config, names[mlp.maps[-1]])
-            (folder / "checkpoint.safetensors").unlink()
+            name_x, name_y = hook_names(model, mlp)
+            save_sae(folder / "sae_x", pair.sae_x, scale_x, config, name_x)
+            save_sae(folder / "sae_y", pair.sae_y, scale_y, config, name_y)
+            checkpoint.unlink(missing_ok=True)
     return folder
 
 
-@contextmanager
-def noted_signals():
-    """-> a list that gets the number of a SIGINT or SIGTERM, which then does nothing else.
+def scales_of(config, mlp, x):
+    """-> what x and y are divided by, (2,): 1 or, with --normalize, their mean norms / sqrt(d_model).
 
-    A second Ctrl-C ends the program. A second SIGTERM does not: job managers send it twice.
+    The means are over the first batch x (B, d_model) of all processes.
     """
-    noted = []
+    norms = torch.stack([x.norm(dim=1).mean(), mlp(x).norm(dim=1).mean()])
+    if WORLD > 1:
+        distributed.all_reduce(norms)
+    norms /= WORLD * math.sqrt(x.shape[1])
+    if config.normalize:
+        return norms
+    if not 1 / 3 < norms[0] / norms[1] < 3:
+        sizes = f"norms of x and y, {norms[0]:.2g} and {norms[1]:.2g} sqrt(d_model), differ"
+        notice(f"{sizes}: the loss will see little but one; --normalize divides it out")
+    return torch.ones_like(norms)
 
-    def note(number, frame):
-        noted.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
 
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():  # which alone gets signals
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def save_checkpoint(folder, pair):
+    write_file(folder / "checkpoint.safetensors", safetensors.torch.save(pair.state_dict()))
 
 
 def optimize(config, penalty, mlp, pair, adam, batches, folder):
-    """The training loop, from step pair.step + 1 to the last: Adam on jsae_loss.
-
-    Gradients are clipped to norm 1, of both SAEs together, as in the authors' code.
-    """
+    """The training loop, from step pair.step + 1 to the last: Adam on jsae_loss."""
     n_steps = config.tokens // config.batch_size
     done = int(pair.step)
-    saes = pair.sae_x, pair.sae_y
     metrics = folder / "metrics.jsonl"
-    rows = []
-    if metrics.exists():
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-        rows = [row for row in rows if row["step"] <= done]
-    stop = 0  # the number of a signal that came
-    last_saved = time.time()
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["step"] <= done]
+    saved = time.time()
+    seconds = CHECKPOINT_SECONDS
     bar = tqdm(range(done + 1, n_steps + 1), initial=done, total=n_steps, disable=RANK > 0)
-    with noted_signals() as signals, bar:
-        for step, x in zip(bar, batches):
-            lr, coef = schedule(config, step, n_steps)
-            adam.param_groups[0]["lr"] = lr
-            with autocast(config, x.device):
-                loss, parts = jsae_loss(*saes, mlp, x, coef, penalty)
-            adam.zero_grad()
-            loss.backward()
-            if WORLD > 1:
-                for p in pair.parameters():
-                    distributed.all_reduce(p.grad)
-                    p.grad /= WORLD
-            norm = nn.utils.clip_grad_norm_(pair.parameters(), 1.0)
-            if not norm.isfinite():
-                raise InputError(f"step {step}: loss {loss.item():g}, gradient of norm {norm:g}")
-            adam.step()
-            tokens = step * config.batch_size
-            for sae, s, fired in zip(saes, (parts["s_x"], parts["s_y"]), pair.last_fired):
-                sae.set_decoder_norm_to_one()
-                fired[s.idx[s.acts > 0]] = tokens
-            pair.step += 1
-            stop = max(signals, default=0)
-            if WORLD > 1:
-                stop = torch.tensor(stop, device=x.device)
-                for tensor in (pair.last_fired, stop):
-                    distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
-                stop = stop.item()
+    for step in bar:
+        try:
+            x = next(batches)
+        except InputError:  # of the text: what was done so far is kept
+            if RANK == 0:
+                save_checkpoint(folder, pair)
+            raise
+        lr, coef = schedule(config, step, n_steps)
+        adam.param_groups[0]["lr"] = lr
+        with torch.autocast(x.device.type, torch.bfloat16, config.dtype == "bfloat16"):
+            loss, parts = jsae_loss(pair.sae_x, pair.sae_y, mlp, x, coef, penalty)
+        adam.zero_grad()
+        loss.backward()
+        if WORLD > 1:
+            for p in pair.parameters():
+                distributed.all_reduce(p.grad)
+                p.grad /= WORLD
+        norm = nn.utils.clip_grad_norm_(pair.parameters(), 1.0)  # of both, as the authors do
+        if not norm.isfinite():
+            raise InputError(f"step {step}: loss {loss.item():g}, gradient of norm {norm:g}")
+        adam.step()
+        tokens = step * config.batch_size
+        saes = (pair.sae_x, parts["s_x"]), (pair.sae_y, parts["s_y"])
+        for (sae, s), fired in zip(saes, pair.last_fired):
+            sae.set_decoder_norm_to_one()
+            fired[s.idx[s.acts > 0]] = tokens
+        pair.step += 1
 
-            if RANK == 0 and (step % 50 == 0 or step == n_steps):
-                row = {"step": step, "tokens": tokens, "lr": lr, "coef": coef}
-                row |= measure(*saes, mlp, x[:512])
-                if "penalty" in parts:
-                    row["penalty"] = parts["penalty"].item()
-                dead = pair.last_fired <= max(0, tokens - 10_000_000)  # or never so far; Appendix E
-                row["dead_x"], row["dead_y"] = dead.sum(1).tolist()
-                rows.append(row)
-                write_file(metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
-                shown = {"ev_x": row["ev_x"], "ev_y": row["ev_y"], "|J|": row["jacobian_l1"]}
-                bar.set_postfix(shown)
-            is_due = stop or step == n_steps or time.time() - last_saved > CHECKPOINT_SECONDS
-            if RANK == 0 and is_due:
-                save_checkpoint(folder, pair, adam)
-                last_saved = time.time()
-            if stop:
-                break
-    if stop:
-        notice(f"jsae.py: stopped after step {step}; the same command goes on from there")
-        sys.exit(128 + stop)
-
-
-def raw_tensors(tensors, scale):
-    """Of an SAE trained on v / scale, the tensors of one that takes and gives v; same latents."""
-    return tensors | {
-        "W_enc": tensors["W_enc"] / scale,
-        "W_dec": tensors["W_dec"] * scale,
-        "b_dec": tensors["b_dec"] * scale,
-    }
+        is_measured = step % 50 == 0 or step == n_steps
+        if is_measured and WORLD > 1:
+            distributed.all_reduce(pair.last_fired, distributed.ReduceOp.MAX)
+        if is_measured and RANK == 0:
+            row = {"step": step, "tokens": tokens, "lr": lr, "coef": coef}
+            row |= measure(pair.sae_x, pair.sae_y, mlp, x[:512])
+            if "penalty" in parts:
+                row["penalty"] = parts["penalty"].item()
+            dead = pair.last_fired <= max(0, tokens - 10_000_000)  # or never so far; Appendix E
+            row["dead_x"], row["dead_y"] = dead.sum(1).tolist()
+            rows.append(row)
+            write_file(metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            bar.set_postfix({"ev_x": row["ev_x"], "ev_y": row["ev_y"], "|J|": row["jacobian_l1"]})
+        if RANK == 0 and step < n_steps and time.time() - saved > seconds:
+            begun = time.time()
+            save_checkpoint(folder, pair)
+            saved = time.time()
+            seconds = max(CHECKPOINT_SECONDS, 20 * (saved - begun))
 
 
 def save_sae(folder, sae, scale, config, hook_name):
-    """Write an SAE, trained on v / scale, in the format of SAELens 6, where it is one of v.
+    """Write an SAE, trained on v / scale, as one of v with the same latents, for SAELens 6.
 
-    hook_name: x is the input of the module of that name, y the output.
+    hook_name: the module whose output v is, or None.
     """
-    tensors = raw_tensors(sae.state_dict(), scale)
+    tensors = sae.state_dict()
     n_latents, d_model = tensors["W_enc"].shape
-    tensors["W_enc"] = tensors["W_enc"].T.contiguous()  # (d_in, d_sae) there
+    tensors["W_enc"] = (tensors["W_enc"] / scale).T.contiguous()  # (d_in, d_sae) there
+    tensors["W_dec"] = tensors["W_dec"] * scale
+    tensors["b_dec"] = tensors["b_dec"] * scale
     cfg = {
         "architecture": "topk",
         "d_in": d_model,
@@ -1337,22 +1283,21 @@ def save_sae(folder, sae, scale, config, hook_name):
         "k": sae.k,
         "apply_b_dec_to_input": False,
         "dtype": "float32",
-        "device": "cpu",
         "metadata": {
             "sae_lens_version": "6.0.0",
             "model_name": config.model,
-            "hook_name": hook_name,
-            "dataset_path": config.dataset,
             "context_size": config.context_size,
             "prepend_bos": True,
         },
     }
+    if hook_name is not None:
+        cfg["metadata"]["hook_name"] = hook_name
     write_file(folder / "cfg.json", json.dumps(cfg, indent=2).encode())
     write_file(folder / "sae_weights.safetensors", safetensors.torch.save(tensors))
 
 
 def run_folder(path_or_hub_id) -> Path:
-    """-> the local folder of a run, or a local copy of its files on the hub."""
+    """-> the folder of a run, or a local copy of its files on the hub."""
     path = Path(path_or_hub_id).expanduser()
     if path.exists():
         return path
@@ -1361,56 +1306,44 @@ def run_folder(path_or_hub_id) -> Path:
 
 
 def load_run(path_or_hub_id):
-    """-> (sae_x, sae_y, config) of a run: a folder, or the id of a hub repository.
+    """-> (sae_x, sae_y, config) of a finished run: a folder, or the id of a hub repository.
 
-    They take and give raw x and y. While the run is unfinished, they are those of its checkpoint.
+    They take and give raw x and y. InputError if it is no finished run.
     """
     try:
         folder = run_folder(path_or_hub_id)
-        saved = json.loads((folder / "config.json").read_text())
-        config = Config(**saved["config"])
+        saved = json.loads((folder / "config.json").read_text())["config"]
+        config = Config(**saved | {"device": "auto"})  # the one it was trained on may not be here
         saes = []
-        is_whole = is_finished(folder)
-        if not is_whole:
-            state = safetensors.torch.load_file(folder / "checkpoint.safetensors")
-        for side in ("x", "y"):
-            if is_whole:
-                path = folder / f"sae_{side}" / "sae_weights.safetensors"
-                tensors = safetensors.torch.load_file(path)
-                tensors["W_enc"] = tensors["W_enc"].T
-            else:
-                names = ("W_enc", "b_enc", "W_dec", "b_dec")
-                tensors = {name: state[f"sae_{side}.{name}"] for name in names}
-                tensors = raw_tensors(tensors, saved[f"scale_{side}"])
+        for name in ("sae_x", "sae_y"):
+            tensors = safetensors.torch.load_file(folder / name / "sae_weights.safetensors")
+            tensors["W_enc"] = tensors["W_enc"].T
             n_latents, d_model = tensors["W_enc"].shape
             sae = TopKSAE(d_model, n_latents, config.k)
             sae.load_state_dict(tensors)
             saes.append(sae)
     except Exception as error:  # whatever is wrong with the files or the hub
-        raise InputError(f"{path_or_hub_id} is not a run that can be loaded: {error}") from error
+        raise InputError(f"{path_or_hub_id} is no finished run: {error}") from error
     return *saes, config
 
 
 # ---- 8. Command line -----------------------------------------------------------------------------
 
 
-def make_parser(settings, usage):
-    """-> a parser with a flag for each field of a dataclass, whose source is the help.
-
-    It returns only what was given, and raises InputError.
-    """
+def make_parser(settings, name, more):
+    """-> a parser of a dataclass's fields, which returns what was given. `more` ends its help."""
+    try:  # the source, whose comments say what each setting is
+        description = inspect.getsource(settings).split("    def __post_init__")[0]
+    except (OSError, TypeError):  # there is none under a profiler, or from standard input
+        description = str(settings())
     parser = argparse.ArgumentParser(
-        usage=usage,
-        description=inspect.getsource(settings).split("    def __post_init__")[0],
+        prog=name,
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        description=description + more,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-
-    def refuse(message):
-        raise InputError(message)
-
-    parser.error = refuse  # in place of a usage block and exit
     for field in dataclasses.fields(settings):
         kind = {"type": field.type}
         if field.type is bool:
@@ -1420,28 +1353,32 @@ def make_parser(settings, usage):
 
 
 def run_program(name, body, argv) -> int:
-    """Call body(argv) -> exit status: 0; after one line on stderr 2, or 130 or 143 (signals)."""
+    """Call body(argv) -> exit status: 0; after one line on stderr 2, or 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")  # it may not know every letter
     try:
-        body(sys.argv[1:] if argv is None else argv)
+        body(argv)
         return 0
-    except SystemExit as end:  # of --help, or of a run that a signal ended
-        return end.code or 0
+    except SystemExit as end:  # of argparse, after --help or its line
+        return end.code
     except KeyboardInterrupt:
         line, status = "stopped", 130
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError) as error:
         line, status = f"error: {error}", 2
+    except RuntimeError as error:
+        if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        line, status = f"error: too little memory: {str(error).splitlines()[0]}", 2
     print(f"{name}:", " ".join(line.split()), file=sys.stderr)
     return status
 
 
 def train_by_command(argv):
     """What `python jsae.py` does: parse, train, print the last metrics."""
-    given = vars(make_parser(Config, "python jsae.py [--setting value ...]").parse_args(argv))
+    given = vars(make_parser(Config, "jsae.py", f"\nDEMO: {DEMO}").parse_args(argv))
     if "model" not in given:
         given = DEMO | given
-        if not Path(DEMO["model"]).exists():  # this file was copied alone
-            missing = f"there is no {DEMO['model']}"
-            raise InputError(f"{missing}; try --model EleutherAI/pythia-70m --layer 3")
     folder = train(Config(**given))
     if distributed.is_initialized():
         distributed.destroy_process_group()
@@ -1449,12 +1386,12 @@ def train_by_command(argv):
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         for name in ("ev_x", "ev_y", "jacobian_l1", "jacobian_above_0.01"):
             print(f"{name:22} {last[name]:,.4g}")
-        command = shlex.join(["python", str(HERE / "evaluate.py"), str(folder)])
-        print(f"{'evaluate it with':22} {command}")
+        program = min(str(HERE / "evaluate.py"), os.path.relpath(HERE / "evaluate.py"), key=len)
+        print(f"{'evaluate it with':22} {shlex.join(['python', program, str(folder)])}")
 
 
 def main(argv=None) -> int:
-    """-> exit status: 0, 2 after one line about what was given, 130 or 143 after a signal."""
+    """-> exit status: 0, 2 after one line about what was given, 130 after Ctrl-C."""
     return run_program("jsae.py", train_by_command, argv)
 
 

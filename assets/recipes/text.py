@@ -1,16 +1,16 @@
-"""44 million characters of technical prose from four of Debian's packages, as one .jsonl.
+"""43 million characters of English technical prose from four of Debian's packages, as one .jsonl.
 
     apt-get download linux-doc-6.1 anarchism perl-doc debian-handbook
-    python assets/recipes/text.py *.deb prose.jsonl
+    python assets/recipes/text.py *.deb --output prose.jsonl
 
-.rst and .pod files as they are, and .html less its tags (of the handbook in English only; the
-kernel's is made from its .rst). 3 % of the characters, and 8 % of SmolLM2's tokens, are of the
-kernel's documents in Chinese, Japanese and other languages. Every file is cut between paragraphs
-into pieces of about 8,000 characters, and the pieces of all files are shuffled: in the order of the
-files, a million tokens would be of one book. It prints how much there is, and the SHA-256 of the
-result.
+It takes .rst and .pod files as they are, and .html without its tags. Of the handbook it takes the
+English edition, of the kernel's and Perl's documents all but the translations. The kernel's .html is
+made from its .rst and left out. It cuts every file between paragraphs into pieces of about 8,000 characters
+and shuffles the pieces of all files: in the order of the files, a million tokens would come from
+one book. It prints how much there is, and the SHA-256 of the result.
 """
 
+import argparse
 import gzip
 import hashlib
 import html
@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 
 LENGTH = 8000  # characters of a piece, or a paragraph more
+NOT_ENGLISH = ("perlcn.pod", "perljp.pod", "perlko.pod", "perltw.pod")
 
 
 def text_of(path):
@@ -41,6 +42,8 @@ def text_of(path):
 
 def is_wanted(path):
     name = path.name.removesuffix(".gz")
+    if "translations" in path.parts or name in NOT_ENGLISH:  # the folder is the kernel's
+        return False
     if name.endswith(".html"):
         folder = str(path.parent)
         other_language = "handbook" in folder and not folder.endswith("en-US")
@@ -59,10 +62,19 @@ def pieces_of(text):
         yield piece
 
 
-def main(*packages, output):
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("packages", nargs="+", help="Debian packages, .deb")
+    parser.add_argument("--output", required=True, help="a .jsonl file that does not exist yet")
+    given = parser.parse_args()
+    if Path(given.output).exists():
+        parser.error(f"{given.output} exists; name another --output")
+
     pieces = []
     with tempfile.TemporaryDirectory() as place:
-        for package in packages:
+        for package in given.packages:
             subprocess.run(["dpkg-deb", "-x", package, place], check=True)
         files = [path for path in Path(place).rglob("*") if path.is_file() and is_wanted(path)]
         for path in sorted(files):
@@ -72,10 +84,10 @@ def main(*packages, output):
     random.Random(0).shuffle(pieces)
 
     lines = "".join(json.dumps({"text": piece}) + "\n" for piece in pieces)
-    Path(output).write_text(lines)
+    Path(given.output).write_text(lines)
     print(f"{len(pieces):,} pieces, {sum(map(len, pieces)):,} characters")
     print("SHA-256", hashlib.sha256(lines.encode()).hexdigest())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:-1], output=sys.argv[-1])
+    main()

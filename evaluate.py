@@ -1,26 +1,29 @@
-"""Evaluation of Jacobian SAEs: the measures of the paper, and scale-free ones beside them.
+"""Evaluation of Jacobian SAEs: the paper's measures, others that no scale of J changes, pictures.
 
     python evaluate.py runs/A                     one run: evaluation.json, figures/, report.html
     python evaluate.py runs/A runs/B --reuse      side by side, of what was measured before
     python evaluate.py --help                     every option
 
-evaluation.json holds every number by its name, and the standard error over documents of those that
-are means. ROWS, in section 7, says what they are: it is the table that is printed and the glossary
-of the report. The text is what the run held out of its own, or --dataset, without the first token
-of every context. Runs that differ in the seed only are one column: mean and standard deviation. The
-symbols are those of jsae.py.
+evaluation.json holds every number by its name. ROWS, in section 7, says what the numbers are: it is
+the table that is printed, and the glossary of the report. The text is what the run held out of its
+own, or --dataset, without the first token of every context.
+
+Errors are of documents: a document is a row of the data set, or a file. A number is sum a / sum b
+over D documents; c_d = (a_d - r b_d) / (sum b - b_d) is what it loses when document d is left out.
+Its standard error is the jackknife's, sqrt(D - 1) times the standard deviation of c. Two runs that
+were evaluated on the same tokens share their luck, so the error of their difference is the same of
+c_1 - c_2: often ten times smaller. Runs that differ in the seed only are one column: their mean, and
+their standard deviation. The symbols are those of jsae.py.
 """
 
 import base64
 import dataclasses
+import hashlib
 import html
 import io
 import json
 import math
-import os
-import shlex
 import sys
-import textwrap
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +39,9 @@ from jsae import Config, InputError, Latents, active_jacobian, notice
 
 # ---- 1. A run and its held-out text --------------------------------------------------------------
 
-TOKENS_AT_A_TIME = 2048  # or one context, if that is longer
-MORE_TOKENS = 2**17  # at least so many more are read than are evaluated, and some drawn
+TOKENS_AT_A_TIME = 2048  # of the language model; or one context, if that is longer
+TOKENS_OF_J = 256  # at a time
+MORE_TOKENS = 2**17  # are read than are evaluated: drawn from more documents, errors are smaller
 
 
 @dataclasses.dataclass
@@ -53,9 +57,9 @@ class Options:
     column: str = "text"  # of --dataset
     seed: int = 0  # of contexts, functions and random J
     device: str = "auto"  # auto, cpu, cuda, ...
-    reuse: bool = False  # take evaluation.json, where there is one, whatever else is asked for
+    reuse: bool = False  # take evaluation.json where it holds what is asked for
     all: bool = False  # print every row of the table
-    output_dir: str = ""  # of report and figures; default: the first run's folder
+    output_dir: str = ""  # of all that is written; default: the run's own folder
 
     def __post_init__(self):
         jsae.check_settings(self)
@@ -66,7 +70,6 @@ class Run(NamedTuple):
 
     config   the run's settings, but with the model, text and device of this evaluation
     part     which part of the text: "held out" or "all"
-    trained  what the run's config.json holds
     """
 
     sae_x: jsae.TopKSAE
@@ -76,76 +79,56 @@ class Run(NamedTuple):
     tokenizer: object
     config: Config
     part: str
-    trained: dict
-
-
-def found_again(name):
-    """-> name if it is here or a hub id, else what its last parts name below this folder, if any.
-
-    So a clone can move with its runs.
-    """
-    parts = Path(name).parts
-    for n in range(len(parts)):  # of an absolute name, the first is name itself
-        path = jsae.HERE.joinpath(*parts[n:])
-        if path.exists():
-            return str(path)
-    return name
 
 
 def open_run(name, options) -> Run:
-    """InputError if it is no run, or its language model is gone or has changed."""
+    """InputError if it is no finished run, or its language model is gone or has changed."""
     sae_x, sae_y, config = jsae.load_run(name)
-    folder = jsae.run_folder(name)
-    if not jsae.is_finished(folder):
-        notice(f"{name} is not finished: what is evaluated is its last checkpoint")
-    changes = {"model": options.model or found_again(config.model), "device": options.device}
+    changes = {"device": options.device}
+    if options.model:
+        changes["model"] = options.model
+    elif not Path(config.model).exists() and Path(config.model).name == "tiny-pythia":
+        changes["model"] = jsae.DEMO["model"]  # the clone has moved
     if options.dataset:
         changes |= {field: getattr(options, field) for field in ("dataset", "split", "column")}
-    elif config.dataset != "stdlib":
-        changes["dataset"] = found_again(config.dataset)
     config = dataclasses.replace(config, **changes)
     part = "all" if options.dataset else "held out"
     model, tokenizer = jsae.load_model(config)
     mlp = jsae.find_mlp(model, config.layer)
-    trained = json.loads((folder / "config.json").read_text())
+    trained = json.loads((jsae.run_folder(name) / "config.json").read_text())
     if jsae.hash_of_weights(mlp) != trained["mlp_sha256"]:
         raise InputError(f"{name}: the MLP of {config.model} is not the one that it was trained on")
     for module in (sae_x, sae_y, mlp):
         module.to(model.device).requires_grad_(False)
-    return Run(sae_x, sae_y, mlp, model, tokenizer, config, part, trained)
+    return Run(sae_x, sae_y, mlp, model, tokenizer, config, part)
 
 
 def held_out_text(run, n_tokens, seed):
     """-> ids and documents, (contexts, T): token ids, the number of the document each is of.
 
-    Text is packed into contexts as in training. More of them are read than are needed, and some of
-    these drawn: of more documents, with smaller errors. InputError if there are none.
+    Text is packed into contexts as in training, and some of them are drawn. InputError if there are
+    none.
     """
     width = run.config.context_size - 1
     n_contexts = math.ceil(n_tokens / width)
     contexts = jsae.token_contexts(run.config, run.tokenizer, run.part)
-    n_more = min(max(3 * n_contexts, MORE_TOKENS // width), 2**20 // width)
-    ids = torch.tensor(list(islice(contexts, n_contexts + n_more)))  # (contexts, T)
-    if not len(ids):
-        text = f"{run.config.dataset} ({run.part})"
-        raise InputError(f"{text} does not fill one context; name another text by --dataset")
-    if len(ids) < n_contexts:
-        notice(f"{run.config.dataset} ({run.part}) has only {len(ids) * width:,} tokens")
-    is_end = torch.zeros_like(ids)
-    for end in jsae.special_ids(run.tokenizer)[1]:
-        is_end[:, 1:] |= ids[:, 1:] == end  # what a context starts with is no part of the text
-    documents = is_end.flatten().cumsum(0).view_as(ids) - is_end
-    if documents.max() == 0:
-        notice("no end-of-text token is in this text: it counts as one document, without errors")
-    chosen = np.random.default_rng(seed).permutation(len(ids))[:n_contexts]
-    return ids[chosen], documents[chosen]
+    text = list(islice(contexts, n_contexts + MORE_TOKENS // width))
+    name = f"{run.config.dataset} ({run.part})"
+    if not text:
+        raise InputError(f"{name} does not fill one context; name another text by --dataset")
+    if len(text) < n_contexts:
+        notice(f"{name} has only {len(text) * width:,} tokens")
+    chosen = np.random.default_rng(seed).permutation(len(text))[:n_contexts]
+    ids, documents = zip(*[text[n] for n in chosen])
+    _, documents = torch.tensor(documents).unique(return_inverse=True)  # counted from 0
+    return torch.tensor(ids), documents
 
 
 class Tokens(NamedTuple):
     """The B = contexts * (T - 1) tokens of some contexts, and what the pair makes of them.
 
     ids            (contexts, T)  with the first token of each context, which is not one of the B
-    document       (B,)           number of the document that each token is of
+    documents      (B,)           number of the document that each token is of
     x, y           (B, d_model)   input and output of the MLP
     s_x, s_y       Latents (B, k)
     x_hat, y_hat   (B, d_model)
@@ -153,7 +136,7 @@ class Tokens(NamedTuple):
     """
 
     ids: Tensor
-    document: Tensor
+    documents: Tensor
     x: Tensor
     y: Tensor
     s_x: Latents
@@ -183,70 +166,94 @@ def mean_activations(run, ids):
     return (sums / ids[:, 1:].numel()).float()
 
 
+def jacobian(run, x, s_x, s_y):
+    """J (B, k, k) of x (B, d_model), some tokens at a time: (tokens, k, d_mlp) is large."""
+    parts = zip(x.split(TOKENS_OF_J), *(t.split(TOKENS_OF_J) for t in (*s_x, *s_y)))
+    saes = run.sae_x, run.sae_y, run.mlp
+    return torch.cat(
+        [active_jacobian(*saes, x, Latents(*s[:2]), Latents(*s[2:])) for x, *s in parts]
+    )
+
+
 def batches(run, ids, documents):
     """Yield the Tokens of all contexts."""
-    sae_x, sae_y, mlp = run.sae_x, run.sae_y, run.mlp
     done = 0
     with tqdm(total=len(ids), unit=" contexts", leave=False) as bar:
         for batch, x in inputs_of(run, ids):
-            document = documents[done : done + len(batch), 1:].flatten()
+            own = documents[done : done + len(batch), 1:].flatten()
+            y = run.mlp(x)
+            s_x = run.sae_x.encode(x)
+            s_y = run.sae_y.encode(y)
+            x_hat = run.sae_x.decode(s_x)
+            y_hat = run.sae_y.decode(s_y)
+            J = jacobian(run, x, s_x, s_y)
+            yield Tokens(batch, own, x, y, s_x, s_y, x_hat, y_hat, J)
             done += len(batch)
-            y = mlp(x)
-            s_x, s_y = sae_x.encode(x), sae_y.encode(y)
-            x_hat, y_hat = sae_x.decode(s_x), sae_y.decode(s_y)
-            J = active_jacobian(sae_x, sae_y, mlp, x, s_x, s_y)
-            yield Tokens(batch, document, x, y, s_x, s_y, x_hat, y_hat, J)
             bar.update(len(batch))
 
 
-# ---- 2. Means over tokens ------------------------------------------------------------------------
+# ---- 2. Numbers and their errors over documents --------------------------------------------------
 
 
-def ratio(a, b):
-    """-> sum a / sum b and its standard error, for sums a, b (D,) over documents; None: undefined.
+class Number(NamedTuple):
+    """A number, and what it loses when each of D documents is left out, (D,)."""
 
-    Documents are drawn, not tokens, so the error of r = sum a / sum b is
-        sqrt(D / (D - 1) sum_d (a_d - r b_d)^2) / |sum b|, over the D documents with tokens.
-    """
-    D = ((a != 0) | (b != 0)).sum()
+    value: float
+    without: Tensor
+
+
+def error_of(without):
+    """The jackknife's standard error, of a number's or of the difference of two. NaN if D is 1."""
+    without = torch.as_tensor(without, dtype=torch.double)
+    D = len(without)
+    return (math.sqrt(D - 1) * without.std(correction=0)).item() if D > 1 else math.nan
+
+
+def ratio(a, b) -> Number:
+    """r = sum a / sum b, for sums a, b (D,) over documents."""
     r = a.sum() / b.sum()
-    squares = (a - r * b).square().sum()
-    error = (D / (D - 1) * squares).sqrt() / b.sum().abs()
-    return defined(r), defined(error)
+    return Number(r.item(), (a - r * b) / (b.sum() - b))
 
 
-def defined(number):
-    return number.item() if number.isfinite() else None
-
-
-class Means:
-    """Means over tokens of any number of quantities, from their sums over each document."""
+class Sums:
+    """Sums over the tokens of each document, and counts, of any number of quantities by name."""
 
     def __init__(self, n_documents):
         self.n_documents = n_documents
-        self.sums = {}  # name -> (n_documents,)
-        self.counts = {}  # name -> (n_documents,), tokens
+        self.sums = {}  # name -> (D,)
+        self.counts = {}  # name -> (D,), tokens
 
-    def add(self, document, values):
-        """values {name: (B,)}, of B tokens that are of the documents (B,)."""
-        document = document.cpu()
+    def add(self, documents, values):
+        """values {name: (B,)} of B tokens of the documents (B,). NaN: not defined, not counted."""
         for name, value in values.items():
-            value = value.cpu().double()
-            if name not in self.sums:
-                self.sums[name] = value.new_zeros(self.n_documents)
-                self.counts[name] = value.new_zeros(self.n_documents)
-            self.sums[name].index_add_(0, document, value)
-            self.counts[name] += torch.bincount(document, minlength=self.n_documents)
+            value = value.double().cpu()
+            counted = ~value.isnan()
+            zero = value.new_zeros(self.n_documents)
+            self.sums.setdefault(name, zero).index_add_(0, documents[counted], value[counted])
+            count = torch.bincount(documents[counted], minlength=self.n_documents)
+            self.counts[name] = self.counts.get(name, 0) + count
 
-    def results(self):
-        """-> {name: (mean, standard error)}"""
-        return {name: ratio(total, self.counts[name]) for name, total in self.sums.items()}
+    def numbers(self) -> dict[str, Number]:
+        """-> the means of all quantities, and the ratios that are made of them."""
+        sums = self.sums
+        found = {name: ratio(total, self.counts[name]) for name, total in sums.items()}
+        for side in ("x", "y"):
+            unexplained = ratio(sums[f"mse.{side}"], sums[f"variance.{side}"])
+            explained = Number(1 - unexplained.value, -unexplained.without)
+            found[f"explained_variance.{side}"] = explained
+        for site, zero in (("x", "x_zero"), ("y", "y_zero"), ("path", "y_zero")):
+            worth = found[f"ce_lost.{zero}"]  # what the language model loses without the MLP
+            if worth.value > 2 * error_of(worth.without):
+                share = ratio(sums[f"ce_lost.{site}"], sums[f"ce_lost.{zero}"])
+                found[f"ce_score.{site}"] = Number(1 - share.value, -share.without)
+            else:
+                notice(f"no CE score of {site}: the language model hardly loses by {zero}")
+        return found
 
 
-# ---- 3. The measures: what a batch of tokens says, one number a token ----------------------------
+# ---- 3. The measures: of a batch of tokens, one number a token -----------------------------------
 
 THRESHOLDS = (0.005, 0.01, 0.015, 0.02, 0.04)  # of |J|
-BINS = 1100  # of the histogram of |J|, each 0.001 wide; what is above falls into one more
 
 
 def reconstruction(side, v, v_hat, mean, s):
@@ -259,30 +266,11 @@ def reconstruction(side, v, v_hat, mean, s):
     }
 
 
-def explained_variance(means, side):
-    """1 - sum of (v_hat - v)^2 / sum of (v - mean v)^2, and its standard error."""
-    unexplained, error = ratio(means.sums[f"mse.{side}"], means.sums[f"variance.{side}"])
-    explained = None if unexplained is None else 1 - unexplained
-    return explained, error
-
-
-def by_token(side, reconstructed):
-    """Of all tokens, by batches: few of huge norm can hold most of the variance."""
-    mse = torch.cat([batch[f"mse.{side}"] for batch in reconstructed])
-    variance = torch.cat([batch[f"variance.{side}"] for batch in reconstructed])
-    explained = 1 - mse / variance
-    largest = variance.sort(descending=True).values[: math.ceil(len(variance) / 100)]
-    return {
-        f"explained_variance_median.{side}": defined(explained.median()),
-        f"variance_of_top_1_percent.{side}": defined(largest.sum() / variance.sum()),
-    }
-
-
 def cross_entropies(run, ids, y):
-    """-log p of the tokens ids[:, 2:], in nats, (contexts * (T - 2),).
+    """-log p of the tokens ids[:, 1:], in nats, (contexts * (T - 1),).
 
     y (contexts * (T - 1), d_model) takes the place of the MLP's output, but for the first token of
-    each context, where it stays what it is; the prediction made there is not counted.
+    each context, where it stays what it is. The prediction made there is not counted: NaN.
     """
 
     def replace(module, args, output):
@@ -292,7 +280,10 @@ def cross_entropies(run, ids, y):
 
     with run.mlp.maps[-1].register_forward_hook(replace):
         logits = run.model(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten(), reduction="none")
+    values = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    values = values.view(len(ids), -1)
+    values[:, 0] = math.nan
+    return values.flatten()
 
 
 def losses(run, tokens):
@@ -308,15 +299,9 @@ def losses(run, tokens):
     }
     numbers = {}
     for name, y in replacements.items():
-        numbers[f"ce.{name}"] = cross_entropies(run, tokens.ids, y)
+        numbers[f"ce.{name}"] = cross_entropies(run, tokens.ids, y).double()
         numbers[f"ce_lost.{name}"] = numbers[f"ce.{name}"] - numbers["ce.clean"]
     return numbers
-
-
-def ce_score(means, site, zero):
-    """(ablated - sae) / (ablated - clean), and its standard error (Appendix E)."""
-    clean, sae, ablated = (means.sums[f"ce.{name}"] for name in ("clean", site, zero))
-    return ratio(ablated - sae, ablated - clean)
 
 
 def size(J):
@@ -336,60 +321,52 @@ def size(J):
 
 
 def sparsity(J):
-    """Of J (B, k, k), each with an element that is not 0: how few hold most of it, at any scale."""
+    """Of J (B, k, k): how few elements hold most of it, at any scale; NaN if all are 0."""
     A = J.abs().double().flatten(1)
-    l1, l2 = A.sum(1), A.norm(dim=1)
+    l1 = A.sum(1)
     root = A.shape[1] ** 0.5
     held = A.sort(1, descending=True).values.cumsum(1) / l1.unsqueeze(1)  # by the n largest
+    n_least = (held < 0.9).sum(1) + 1
     numbers = {
-        "hold_90": (held < 0.9).sum(1) + 1,
-        "hoyer": (root - l1 / l2) / (root - 1),
+        "hold_90": n_least.double().where(l1 > 0, math.nan),
+        "hoyer": (root - l1 / A.norm(dim=1)) / (root - 1),
     }
     for exponent in range(A.shape[1].bit_length()):
         numbers[f"held_by.{2**exponent}"] = held[:, 2**exponent - 1]
-    for threshold in THRESHOLDS:
-        numbers[f"above_l2.{threshold}"] = (A > threshold * l2.unsqueeze(1)).sum(1)
     return numbers
 
 
 def effective_inputs(name, J, acts):
     """Of J (B, k, k) and s_x,j (B, k): on how many inputs an output latent depends, on average, and
-    how much all of them depend on the same one. Likewise where an element is not 0.
+    how much all of them depend on the same one. NaN if J is 0.
     """
     c = J.double() * acts.double().unsqueeze(1)  # what input latent j adds to output latent i
     p = c.square() / c.square().sum(2, keepdim=True)  # a row without inputs is NaN
     return {
         f"effective_inputs{name}": (1 / p.square().sum(2)).nanmean(1),
-        f"hub{name}": p.nanmean(1).amax(1),
+        f"hub{name}": p.nanmean(1).nan_to_num(-1).amax(1).where(J.flatten(1).any(1), math.nan),
     }
 
 
-def histogram(J):
-    bins = (J.abs() * 1000).long().clamp(max=BINS)
-    return torch.bincount(bins.flatten(), minlength=BINS + 1)
+def measures(run, tokens, random_J, mean_x, mean_y):
+    """-> {name: (B,)}, all that is a mean over tokens. random_J is 0 where J is."""
+    numbers = reconstruction("x", tokens.x, tokens.x_hat, mean_x, tokens.s_x)
+    numbers |= reconstruction("y", tokens.y, tokens.y_hat, mean_y, tokens.s_y)
+    numbers |= losses(run, tokens)
+    numbers |= size(tokens.J)
+    numbers |= sparsity(tokens.J)
+    numbers |= effective_inputs("", tokens.J, tokens.s_x.acts)
+    numbers |= effective_inputs("_random", random_J, tokens.s_x.acts)
+    return numbers
 
 
-def add_measures(means, run, tokens, mean_x, mean_y, generator):
-    """Add all that is a mean over tokens -> what reconstruction says of each one.
-
-    The generator draws random J, which are 0 where J is.
-    """
-    document, J = tokens.document, tokens.J
-    reconstructed = reconstruction("x", tokens.x, tokens.x_hat, mean_x, tokens.s_x)
-    reconstructed |= reconstruction("y", tokens.y, tokens.y_hat, mean_y, tokens.s_y)
-    means.add(document, reconstructed)
-    means.add(document, size(J))
-    of_targets = document.view(len(tokens.ids), -1)[:, 1:].flatten()  # a prediction is of the next
-    means.add(of_targets, losses(run, tokens))
-
-    some = J.flatten(1).any(1)  # tokens with an active pair of latents
-    document = document[some.cpu()]
-    acts = tokens.s_x.acts[some]
-    random_J = torch.randn(J.shape, generator=generator, device=J.device) * (J != 0)
-    means.add(document, sparsity(J[some]))
-    means.add(document, effective_inputs("", J[some], acts))
-    means.add(document, effective_inputs("_random", random_J[some], acts))
-    return reconstructed
+def of_few_tokens(side, mse, variance):
+    """From mse and variance (tokens,) of x or y: few of huge norm can hold most of the variance."""
+    largest = variance.sort(descending=True).values[: math.ceil(len(variance) / 100)]
+    return {
+        f"explained_variance_median.{side}": (1 - mse / variance).median().item(),
+        f"variance_of_top_1_percent.{side}": (largest.sum() / variance.sum()).item(),
+    }
 
 
 # ---- 4. Functions of one latent (section 5.4, Appendix B) ----------------------------------------
@@ -406,38 +383,48 @@ def along_latent(run, x, i, j, change):
     return (s_y.acts * (s_y.idx == i)).sum(1)
 
 
-def is_line(t, v, relative):
-    """Whether all v are within 0.01 of a least-squares line in t; relative: within 0.01 range."""
+def residual(t, v):
+    """The largest distance of v from a least-squares line in t."""
     slope, intercept = np.polyfit(t, v, 1)
-    residual = np.abs(v - slope * t - intercept).max()
-    span = max(np.ptp(v), 1e-4 * np.abs(v).max())  # what is flat up to rounding is a line
-    return residual <= 0.01 * (span if relative else 1)
+    return np.abs(v - slope * t - intercept).max()
+
+
+def span(v):
+    """How far v ranges; what is flat up to rounding is a line."""
+    return max(np.ptp(v), 1e-4 * np.abs(v).max())
 
 
 def kind_of(t, v, relative):
-    """linear, jumprelu (0 on one stretch that touches an end, a line on the rest) or other."""
-    if is_line(t, v, relative):
+    """linear, jumprelu (0 on one stretch that touches an end, a line on the rest) or other.
+
+    Linear is what is within 0.01 of a line; relative: within 0.01 of its own range.
+    """
+
+    def is_line(t, v):
+        return residual(t, v) <= 0.01 * (span(v) if relative else 1)
+
+    if is_line(t, v):
         return "linear"
     rest = np.flatnonzero(v)
     is_one_stretch = rest[-1] - rest[0] == len(rest) - 1
     touches_an_end = rest[0] == 0 or rest[-1] == len(v) - 1
     jumps = is_one_stretch and touches_an_end and len(rest) >= 2
-    return "jumprelu" if jumps and is_line(t[rest], v[rest], relative) else "other"
+    return "jumprelu" if jumps and is_line(t[rest], v[rest]) else "other"
 
 
 class Function(NamedTuple):
-    """s_y,i = v at s_x,j = t, for a random active pair i, j of a random token.
+    """s_y,i = v at s_x,j = t, for a random active pair i, j of a random token; there v = s_y at s_x.
 
-    delta is how s_y,i changes when 1 is subtracted from s_x,j. relative_kind: by residual / range.
+    delta is how s_y,i changes when 1 is subtracted from s_x,j.
     """
 
     document: int
     J: float
+    s_x: float
+    s_y: float
     delta: float
-    kind: str
-    relative_kind: str
-    t: list
-    v: list
+    t: np.ndarray
+    v: np.ndarray
 
 
 def random_functions(run, tokens, n, generator):
@@ -448,23 +435,13 @@ def random_functions(run, tokens, n, generator):
         s = tokens.s_x.acts[b, j].item()
         if s == 0 or tokens.s_y.acts[b, i] == 0:
             continue
+        place = tokens.x[b], tokens.s_y.idx[b, i], tokens.s_x.idx[b, j]
         t = np.linspace(0, max(5, s + 1), 100)
-        change = torch.tensor([*(t - s), -1, 0]).to(tokens.x)
-        v = along_latent(run, tokens.x[b], tokens.s_y.idx[b, i], tokens.s_x.idx[b, j], change)
-        v = v.cpu().numpy()
-        delta = v[-2] - v[-1]
-        v = v[:-2]
-        functions.append(
-            Function(
-                document=int(tokens.document[b]),
-                J=tokens.J[b, i, j].item(),
-                delta=float(delta),
-                kind=kind_of(t, v, relative=False),
-                relative_kind=kind_of(t, v, relative=True),
-                t=t.tolist(),
-                v=v.tolist(),
-            )
-        )
+        v = along_latent(run, *place, torch.tensor(t - s).to(tokens.x))
+        s_y, s_y_less = along_latent(run, *place, tokens.x.new_tensor([0, -1])).tolist()
+        J = tokens.J[b, i, j].item()
+        document = int(tokens.documents[b])
+        functions.append(Function(document, J, s, s_y, s_y_less - s_y, t, v.cpu().numpy()))
     return functions
 
 
@@ -473,18 +450,33 @@ def linearity(functions):
     J = torch.tensor([f.J for f in functions])
     off = (J + torch.tensor([f.delta for f in functions])).abs()
     numbers = {"on_line": off < 0.1, "on_line_relative": off < 0.1 * J.abs()}
-    for kind in KINDS:
-        numbers[kind] = torch.tensor([f.kind == kind for f in functions])
-        numbers[f"{kind}_relative"] = torch.tensor([f.relative_kind == kind for f in functions])
+    for ending, relative in (("", False), ("_relative", True)):
+        kinds = [kind_of(f.t, f.v, relative) for f in functions]
+        for kind in KINDS:
+            numbers[f"{kind}{ending}"] = torch.tensor([own == kind for own in kinds])
     return numbers
 
 
-# ---- 5. Pairs of latents, and examples (figure 36, section 5.2, Appendix C) ----------------------
+def curves_of(functions):
+    """-> {kind: six functions to draw}; of "other" those that are furthest from a line."""
+    curves = {kind: [] for kind in KINDS}
+    for f in functions:
+        curves[kind_of(f.t, f.v, relative=False)].append(f)
+    curves["other"].sort(key=lambda f: residual(f.t, f.v) / span(f.v), reverse=True)
+    return {
+        kind: [{"t": f.t.tolist(), "v": f.v.tolist(), "at": (f.s_x, f.s_y)} for f in own[:6]]
+        for kind, own in curves.items()
+    }
+
+
+# ---- 5. What feeds an output latent over the text (figure 36, section 5.2, Appendix C) -----------
 
 N_LATENTS = 8  # output latents that are shown
 N_INPUTS = 8  # input latents that are shown of each
 N_EXAMPLES = 8  # texts that are shown of a latent
 EXAMPLE_TOKENS = 2**18  # of the text, in which they are looked for
+LEAST_TOKENS = 20  # on which an output latent must be active to be counted or chosen
+LEAST_DOCUMENTS = 5  # likewise, to be chosen
 
 
 class Connections:
@@ -494,59 +486,93 @@ class Connections:
     2^24 / n random ones.
     """
 
-    def __init__(self, n_latents, asked, seed, device):
+    def __init__(self, n_latents, asked, n_documents, seed, device):
         n_rows = min(n_latents, max(1, 2**24 // n_latents))
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(n_latents, generator=generator)[:n_rows].tolist()
-        self.latents = list(dict.fromkeys([*asked, *drawn]))  # each once
-        self.drawn = drawn
+        self.latents = list(dict.fromkeys([*drawn, *asked]))  # each once
+        self.n_drawn = n_rows
         n_rows = len(self.latents)
         self.row_of = torch.full((n_latents,), -1, device=device)  # -1: no row
         self.row_of[self.latents] = torch.arange(n_rows, device=device)
         self.n_tokens = torch.zeros(n_rows, device=device)  # on which the output latent is active
+        self.in_document = torch.zeros(n_rows, n_documents, dtype=torch.bool, device=device)
         self.n_both = torch.zeros(n_rows, n_latents, device=device)  # on which both are
         self.sum = torch.zeros_like(self.n_both)  # of J
         self.sum_abs = torch.zeros_like(self.n_both)  # of |J|
-        self.contribution = torch.zeros_like(self.n_both)  # of |J s_x,j|
+        self.C = torch.zeros_like(self.n_both)  # contributions: of |J s_x,j|
+        self.C_random = torch.zeros_like(self.n_both)  # the same of a random J
 
-    def add(self, J, s_x, s_y):
-        """J (B, k, k) and the Latents (B, k) of B tokens."""
-        row = self.row_of[s_y.idx]  # (B, k)
-        b, i = ((s_y.acts > 0) & (row >= 0)).nonzero(as_tuple=True)
-        row = row[b, i]
+    def add(self, tokens, random_J):
+        row = self.row_of[tokens.s_y.idx]  # (B, k)
+        b, i = ((tokens.s_y.acts > 0) & (row >= 0)).nonzero(as_tuple=True)
+        row = row[b, i]  # of the N active output latents that have one
         self.n_tokens += torch.bincount(row, minlength=len(self.n_tokens))
-        places = row.unsqueeze(1), s_x.idx[b]  # of the elements of J[b, i], (rows of J, k)
-        J = J[b, i]
-        acts = s_x.acts[b]
-        self.n_both.index_put_(places, (acts > 0).to(J.dtype), accumulate=True)
-        self.sum.index_put_(places, J, accumulate=True)
-        self.sum_abs.index_put_(places, J.abs(), accumulate=True)
-        self.contribution.index_put_(places, (J * acts).abs(), accumulate=True)
+        self.in_document[row, tokens.documents.to(row.device)[b]] = True
+        acts = tokens.s_x.acts[b]  # (N, k)
+        J = tokens.J[b, i]
+        quantities = {
+            "n_both": (acts > 0).to(J.dtype),
+            "sum": J,
+            "sum_abs": J.abs(),
+            "C": (J * acts).abs(),
+            "C_random": (random_J[b, i] * acts).abs(),
+        }
+        places = row.unsqueeze(1), tokens.s_x.idx[b]
+        for name, values in quantities.items():
+            getattr(self, name).index_put_(places, values, accumulate=True)
 
-    def shares_above(self):
-        """-> {name: share}: of pairs, by the mean of |J| over the output latent's tokens."""
-        drawn = self.row_of[self.drawn]
+    def numbers(self):
+        """-> {name: number}: of pairs of latents, and of the inputs of output latents.
+
+        With p_ij = C_ij / sum_j C_ij, an output latent has 1 / sum_j p_ij^2 inputs effectively. Its
+        weight in a mean is its contribution, sum_j C_ij.
+        """
+        drawn = slice(self.n_drawn)
         mean = self.sum_abs[drawn] / self.n_tokens[drawn].clamp(min=1).unsqueeze(1)
-        return {f"global.{t}": (mean > t).double().mean().item() for t in THRESHOLDS}
+        numbers = {f"global.{t}": (mean > t).double().mean().item() for t in THRESHOLDS}
+        is_counted = self.n_tokens[drawn] >= LEAST_TOKENS
+        for ending, C in (("", self.C), ("_random", self.C_random)):
+            C = C[drawn][is_counted]
+            weight = C.sum(1)
+            C = C[weight > 0]
+            weight = weight[weight > 0].double()
+            shares = (C / C.sum(1, keepdim=True)).double()
+            effective = 1 / shares.square().sum(1)
+            largest = shares.topk(min(10, shares.shape[1])).values
+            numbers[f"text_inputs{ending}"] = weighted_mean(effective, weight)
+            numbers[f"text_inputs_median{ending}"] = effective.median().item()
+            for n, share in enumerate(largest.T, 1):
+                numbers[f"input_share{ending}.{n}"] = weighted_mean(share, weight)
+        return numbers
 
     def strongest(self, n=N_LATENTS):
-        """-> n output latents, those of the edges that contribute most over the text."""
-        strength, rows = self.contribution.amax(1).sort(descending=True)
+        """-> n output latents, by what their strongest input contributes to them on a token.
+
+        They are active on 20 tokens and in 5 documents at least, where there are such.
+        """
+        strength = self.C.amax(1) / self.n_tokens.clamp(min=1)
+        is_common = self.n_tokens >= LEAST_TOKENS
+        is_common &= self.in_document.sum(1) >= min(LEAST_DOCUMENTS, self.in_document.shape[1])
+        strength, rows = (strength * is_common).sort(descending=True)
         n = min(n, int((strength > 0).sum()))
         return [self.latents[row] for row in rows[:n].tolist()]
 
     def strongest_inputs(self, latent):
         """-> the input latents that contribute most to an output latent, with share and mean J."""
         row = self.row_of[latent]
-        contribution, order = self.contribution[row].sort(descending=True)
+        contribution, order = self.C[row].sort(descending=True)
         n = min(N_INPUTS, int((contribution > 0).sum()))
         shares = (contribution / contribution.sum()).tolist()
         inputs = []
         for j, share in zip(order[:n].tolist(), shares):
-            n_both = int(self.n_both[row, j])
-            mean = self.sum[row, j].item() / n_both
-            inputs.append({"latent": j, "share": share, "mean_J": mean, "tokens": n_both})
+            mean = (self.sum[row, j] / self.n_both[row, j]).item()
+            inputs.append({"latent": j, "share": share, "mean_J": mean})
         return inputs
+
+
+def weighted_mean(values, weight):
+    return ((values * weight).sum() / weight.sum()).item()
 
 
 def values_of(latent, s, ids):
@@ -555,37 +581,43 @@ def values_of(latent, s, ids):
 
 
 def examples_of(latent, ids, s, tokenizer):
-    """-> where the latent is largest, a text from each context: 10 tokens before it and 5 after.
+    """-> texts in which a latent is active, 10 tokens before it and 5 after, by falling value.
 
-    ids (contexts, T) and the Latents of their tokens, (contexts * (T - 1), k).
+    The first is where it is largest; the others stand at equal steps of the sum of its values, so
+    that they show what it stands for most. ids (contexts, T), Latents (contexts * (T - 1), k).
     """
     values = values_of(latent, s, ids)
-    largest, place = values.max(1)
+    falling, order = values.flatten().sort(descending=True)
+    total = falling.double().cumsum(0)
+    steps = torch.arange(N_EXAMPLES, device=total.device) / N_EXAMPLES
+    places = order[torch.searchsorted(total, steps * total[-1])].unique_consecutive()
     examples = []
-    for n in largest.argsort(descending=True)[:N_EXAMPLES].tolist():
-        if largest[n] > 0:
-            start = max(0, int(place[n]) - 10)
+    for place in places.tolist():
+        n, token = divmod(place, values.shape[1])
+        if values[n, token] > 0:
+            start = max(0, token - 10)
             shown = slice(start, start + 16)
-            acts = values[n, shown].tolist()
-            examples.append({"tokens": words_of(ids[n, 1:][shown], tokenizer), "acts": acts})
+            words = words_of(ids[n, 1:][shown], tokenizer)
+            at = token - start  # which of them
+            examples.append({"tokens": words, "acts": values[n, shown].tolist(), "at": at})
     return examples
 
 
 def latents_of(connections, chosen, kept, tokenizer):
     """-> the chosen output latents, with their input latents and examples of both.
 
-    kept: (ids, s_x, s_y) of each batch in which examples are looked for.
+    kept: ids (contexts, T) and the Latents s_x, s_y of the text in which examples are looked for;
+    the tokens on which both are active, and how many different ones they are, are of it, too.
     """
-    ids, s_x, s_y = zip(*kept)
-    ids = torch.cat(ids)
-    s_x, s_y = joined(s_x), joined(s_y)
+    ids, s_x, s_y = kept
     latents = []
     for latent in chosen:
         is_active = values_of(latent, s_y, ids) > 0
         inputs = connections.strongest_inputs(latent)
         for edge in inputs:
-            both = is_active & (values_of(edge["latent"], s_x, ids) > 0)
-            edge["different_tokens"] = len(ids[:, 1:][both].unique())
+            both = ids[:, 1:][is_active & (values_of(edge["latent"], s_x, ids) > 0)]
+            edge["tokens"] = len(both)
+            edge["different_tokens"] = len(both.unique())
             edge["examples"] = examples_of(edge["latent"], ids, s_x, tokenizer)
         examples = examples_of(latent, ids, s_y, tokenizer)
         latents.append({"latent": latent, "examples": examples, "inputs": inputs})
@@ -604,17 +636,29 @@ def words_of(ids, tokenizer):
     return [after[len(before) :] for before, after in pairwise(texts)]
 
 
-def pictures_of(tokens, tokenizer):
-    """-> |J| of three tokens of the first context, rows and columns by their sums, and the text."""
-    T = tokens.ids.shape[1]
-    pictures = []
-    for place in (max(1, T // 3), max(1, 2 * T // 3), T - 1):  # in the context
-        A = tokens.J[place - 1].abs()
-        A = A[A.sum(1).argsort(descending=True)]
-        A = A[:, A.sum(0).argsort(descending=True)]
-        words = words_of(tokens.ids[0, max(1, place - 5) : place + 1], tokenizer)
-        pictures.append({"text": "".join(words), "J": A.tolist()})
-    return pictures
+def set_to_zero(run, kept, i, j):
+    """What happens to output latent i when input latent j is set to 0, beside what J says.
+
+    -> medians, over the tokens of at most 100 contexts on which both are active, of s_y,i, of its
+    change and of -J s_x,j; the number of these tokens, and the share at which i leaves the TopK.
+    """
+    ids, s_x, s_y = kept
+    both = (values_of(i, s_y, ids) > 0) & (values_of(j, s_x, ids) > 0)
+    chosen = ids[both.any(1)][:100]
+    rows = []
+    for tokens in batches(run, chosen, torch.zeros_like(chosen)):
+        at_i = (tokens.s_y.idx == i) & (tokens.s_y.acts > 0)  # (B, k)
+        at_j = (tokens.s_x.idx == j) & (tokens.s_x.acts > 0)
+        for b in (at_i.any(1) & at_j.any(1)).nonzero()[:, 0].tolist():
+            s = tokens.s_x.acts[b, at_j[b]]  # (1,)
+            before = tokens.s_y.acts[b, at_i[b]].item()
+            after = along_latent(run, tokens.x[b], i, j, -s).item()
+            J = tokens.J[b, at_i[b]][0, at_j[b]]
+            rows.append((before, after - before, -(J * s).item(), after == 0))
+    before, change, predicted = np.median(rows, 0)[:3].tolist()
+    gone = np.mean([row[3] for row in rows]).item()
+    found = {"s_y": before, "change": change, "predicted": predicted}
+    return found | {"tokens": len(rows), "gone": gone}
 
 
 # ---- 6. One run ----------------------------------------------------------------------------------
@@ -630,190 +674,165 @@ def latents_asked_for(text, n_latents):
 
 @torch.no_grad()
 def evaluate(name, options):
-    """-> what evaluation.json holds; None: not defined."""
+    """-> what evaluation.json holds. Numbers that are not defined are left out."""
     run = open_run(name, options)
     n_latents = len(run.sae_x.W_enc)
     asked = latents_asked_for(options.latents, n_latents)
     ids, documents = held_out_text(run, options.tokens, options.seed)
     n_tokens = ids[:, 1:].numel()
+    n_documents = int(documents.max()) + 1
     device = run.model.device
     mean_x, mean_y = mean_activations(run, ids)
     drawing = torch.Generator().manual_seed(options.seed)
     drawing_J = torch.Generator(device).manual_seed(options.seed)
 
-    means = Means(int(documents.max()) + 1)
-    connections = Connections(n_latents, asked, options.seed, device)
-    counts = torch.zeros(BINS + 1, dtype=torch.long, device=device)
+    sums = Sums(n_documents)
+    connections = Connections(n_latents, asked, n_documents, options.seed, device)
     is_silent = torch.ones(2, n_latents, dtype=torch.bool, device=device)
-    reconstructed = []
+    by_token = {name: [] for name in ("mse.x", "variance.x", "mse.y", "variance.y")}
     functions = []
     n_drawn = n_done = 0  # functions, tokens
-    pictures = []
     kept = []  # ids, s_x, s_y of batches, for examples
     for tokens in batches(run, ids, documents):
-        reconstructed.append(add_measures(means, run, tokens, mean_x, mean_y, drawing_J))
-        connections.add(tokens.J, tokens.s_x, tokens.s_y)
-        counts += histogram(tokens.J)
-        for side, s in enumerate((tokens.s_x, tokens.s_y)):
-            is_silent[side, s.idx[s.acts > 0]] = False
+        random_J = torch.randn(tokens.J.shape, generator=drawing_J, device=device)
+        random_J *= tokens.J != 0
+        values = measures(run, tokens, random_J, mean_x, mean_y)
+        sums.add(tokens.documents, values)
+        for quantity, batch in by_token.items():
+            batch.append(values[quantity])
+        connections.add(tokens, random_J)
+        for side, s in zip(is_silent, (tokens.s_x, tokens.s_y)):
+            side[s.idx[s.acts > 0]] = False
         n_done += len(tokens.x)
         n_functions = options.functions * n_done // n_tokens - n_drawn
         n_drawn += n_functions
         functions += random_functions(run, tokens, n_functions, drawing)
-        pictures = pictures or pictures_of(tokens, run.tokenizer)
         if n_done <= EXAMPLE_TOKENS or not kept:
             kept.append((tokens.ids, tokens.s_x, tokens.s_y))
 
     if functions:
-        means.add(torch.tensor([f.document for f in functions]), linearity(functions))
-    results = means.results()
+        sums.add(torch.tensor([f.document for f in functions]), linearity(functions))
+    with_errors = sums.numbers()
+    numbers = {key: number.value for key, number in with_errors.items()}
     for side in ("x", "y"):
-        results[f"explained_variance.{side}"] = explained_variance(means, side)
-    for site, zero in (("x", "x_zero"), ("y", "y_zero"), ("path", "y_zero")):
-        results[f"ce_score.{site}"] = ce_score(means, site, zero)
-    numbers = {key: value for key, (value, _) in results.items()}
-    numbers |= by_token("x", reconstructed) | by_token("y", reconstructed)
-    numbers |= connections.shares_above()
+        mse, variance = (
+            torch.cat(by_token[f"{quantity}.{side}"]) for quantity in ("mse", "variance")
+        )
+        numbers |= of_few_tokens(side, mse, variance)
+    numbers |= connections.numbers()
     numbers["silent.x"], numbers["silent.y"] = is_silent.sum(1).tolist()
     n_words = run.model.get_input_embeddings().weight.shape[0]
-    if numbers["ce.clean"] is not None and numbers["ce.clean"] > 0.8 * math.log(n_words):
+    if numbers["ce.clean"] > 0.8 * math.log(n_words):
         loss = f"the language model's loss is {numbers['ce.clean']:.2f} nats a token"
         notice(f"{loss}, near to guessing: is this the text, and the tokenizer, that it knows?")
-    text = f"{run.config.dataset}, {run.config.split}, {run.config.column} ({run.part})"
+
+    all_ids, all_x, all_y = zip(*kept)
+    kept = torch.cat(all_ids), joined(all_x), joined(all_y)
+    chosen = asked or connections.strongest()
+    latents = latents_of(connections, chosen, kept, run.tokenizer)
+    for latent in latents[:1]:  # the exhibit
+        strongest = latent["inputs"][0]["latent"]
+        latent["set_to_zero"] = set_to_zero(run, kept, latent["latent"], strongest)
+    content = hashlib.sha256(torch.stack([ids, documents]).numpy().tobytes())
+    without = {}
+    for key, number in with_errors.items():
+        if math.isfinite(error_of(number.without)):
+            without[key] = [float(f"{loss:.6g}") for loss in number.without.tolist()]
     return {
-        "settings": {
-            **run.trained["config"],
-            "penalty": run.trained["penalty"],
-            "finished": jsae.is_finished(jsae.run_folder(name)),
-            "evaluated on": f"{n_tokens:,} tokens of {text}, seed {options.seed}",
+        "text": {
+            "dataset": f"{run.config.dataset}, {run.config.column} ({run.part})",
+            "tokens": n_tokens,
+            "documents": n_documents,
+            "seed": options.seed,
+            "sha256": content.hexdigest(),
         },
-        "numbers": numbers,
-        "errors": {key: error for key, (_, error) in results.items()},
-        "histogram": counts.tolist(),
+        "numbers": {key: value for key, value in numbers.items() if math.isfinite(value)},
+        "errors": {key: error_of(own) for key, own in without.items()},
+        "without": without,
         "scatter": [(f.J, f.delta) for f in functions[:1000]],
-        "curves": {kind: [(f.t, f.v) for f in functions if f.kind == kind][:6] for kind in KINDS},
-        "pictures": pictures,
-        "latents": latents_of(connections, asked or connections.strongest(), kept, run.tokenizer),
-        "versions": run.trained["versions"],
+        "curves": curves_of(functions),
+        "latents": latents,
     }
 
 
 # ---- 7. Table, figures, report -------------------------------------------------------------------
 
-ABOVE = " / ".join(map(str, THRESHOLDS))
-SHOWN = 7  # rows that are printed without --all
-ROWS = [  # title, names of the numbers, what they are
-    (
-        "explained variance: x / y",
-        ["explained_variance.x", "explained_variance.y"],
-        (
-            "1 - sum of (v_hat - v)^2 / sum of (v - mean v)^2, over all elements; 1: perfect (in figure 4 "
-            "the authors average the ratios of tokens)"
-        ),
-    ),
-    (
-        "whole path: CE score / nats lost",
-        ["ce_score.path", "ce_lost.path"],
-        (
-            "y computed from the latents of x alone, through both SAEs: CE loss score, and how much the "
-            "language model's cross-entropy rises"
-        ),
-    ),
-    ("mean |J|", ["mean_abs"], "over the k^2 elements and all tokens: the paper's penalty (Eq. 5)"),
-    (
-        "elements with |J| > 0.01",
-        ["above.0.01"],
-        "of a token's k^2; fewer if J is smaller as well as if it is sparser (figures 2, 7)",
-    ),
-    (
-        "elements that hold 90 % of sum |J|",
-        ["hold_90"],
-        (
-            "of a token's k^2; fewer only if J is sparser, whatever its scale. This and the next rows are "
-            "means over the tokens with an element of J that is not 0"
-        ),
-    ),
-    (
-        "effective inputs: J / random J",
-        ["effective_inputs", "effective_inputs_random"],
-        (
-            "of an output latent: 1 / sum_j p_ij^2, p_ij = c_ij^2 / sum_j c_ij^2, c_ij = J_ij s_x,j, a "
-            "mean over output latents; random: with Gaussian J, what the sizes of s_x alone give"
-        ),
-    ),
-    (
-        "hub: J / random J",
-        ["hub", "hub_random"],
-        "max_j of the mean of p_ij over i; 1: one input latent feeds all output latents",
-    ),
-    (
-        "explained variance of the median token: x / y",
-        ["explained_variance_median.x", "explained_variance_median.y"],
-        "1 - |v_hat - v|^2 / |v - mean v|^2, which no token of huge norm decides",
-    ),
-    (
-        "share of the variance in the top 1 % of tokens: x / y",
-        ["variance_of_top_1_percent.x", "variance_of_top_1_percent.y"],
-        "near 1: explained variance is that of these few tokens",
-    ),
-    (
-        "CE loss score: x / y",
-        ["ce_score.x", "ce_score.y"],
-        (
-            "(ablated - sae) / (ablated - clean) of the cross-entropies; ablated: 0 instead; 1: as well "
-            "as ever (figure 4)"
-        ),
-    ),
-    ("nats lost: x / y", ["ce_lost.x", "ce_lost.y"], "with x_hat for x, with y_hat for y"),
-    (
-        "cross-entropy of the model as it is, nats",
-        ["ce.clean"],
-        "of the tokens after the first two of a context",
-    ),
-    (
-        f"elements with |J| above {ABOVE}",
-        [f"above.{t}" for t in THRESHOLDS],
-        "of a token (figures 2, 7, 33, 38)",
-    ),
-    (
-        "the same, each J at unit L2 norm",
-        [f"above_l2.{t}" for t in THRESHOLDS],
-        "fewer only if J is sparser, whatever its scale",
-    ),
-    ("Hoyer sparsity of J", ["hoyer"], "(k - L1 / L2) / (k - 1); 0: all alike, 1: only one"),
-    ("norm of J: L1 / L2 / L4 / Linf", ["l1", "l2", "l4", "linf"], "of a token (figure 35)"),
-    (
-        "share of all pairs with mean |J| > 0.01",
-        ["global.0.01"],
-        (
-            "over the tokens on which the output latent is active (figure 36); above 4096 latents, of a "
-            "random sample of output latents"
-        ),
-    ),
-    (
-        "functions: linear / JumpReLU / other",
-        list(KINDS),
-        "s_y,i on s_x,j of [0, max(5, s_x,j + 1)]: within 0.01 of a line, or 0 and then a line (8b)",
-    ),
-    (
-        "the same, within 0.01 of their range",
-        [f"{kind}_relative" for kind in KINDS],
-        "so that a function does not become a line by being small",
-    ),
-    (
-        "|J + delta| < 0.1 / < 0.1 |J|",
-        ["on_line", "on_line_relative"],
-        (
-            "delta: how s_y,i changes when 1 is subtracted from s_x,j, of the same random pairs (figure "
-            "8c: of pairs of equal rank)"
-        ),
-    ),
-    ("share of tokens with an element of J that is not 0", ["not_zero"], ""),
-    ("mean squared error: x / y", ["mse.x", "mse.y"], "over all elements"),
-    ("cosine of v and v_hat: x / y", ["cosine.x", "cosine.y"], "mean over tokens"),
-    ("active latents: x / y", ["active.x", "active.y"], "of a token, with a value above 0"),
-    ("silent latents: x / y", ["silent.x", "silent.y"], "without a value above 0 on this text"),
-]
+N_SHOWN = 13  # rows that are printed without --all
+ROWS = {  # name of a number: its title in the table
+    "explained_variance.x": "explained variance of x",
+    "explained_variance.y": "explained variance of y",
+    "ce_score.path": "CE score of the whole path",
+    "ce_lost.path": "nats lost by the whole path",
+    "mean_abs": "mean |J|",
+    "above.0.01": "elements with |J| > 0.01",
+    "hold_90": "elements that hold 90 % of sum |J|",
+    "effective_inputs": "effective inputs at a token",
+    "effective_inputs_random": "  the same of a random J",
+    "text_inputs": "effective inputs over the text",
+    "text_inputs_random": "  the same of a random J",
+    "input_share.1": "share of the strongest input",
+    "input_share_random.1": "  the same of a random J",
+    "text_inputs_median": "effective inputs over the text, median",
+    "text_inputs_median_random": "  the same of a random J",
+    "hub": "hub",
+    "hub_random": "  the same of a random J",
+    "hoyer": "Hoyer sparsity of J",
+    "explained_variance_median.x": "explained variance of x, median token",
+    "explained_variance_median.y": "explained variance of y, median token",
+    "variance_of_top_1_percent.x": "share of x's variance in 1 % of tokens",
+    "variance_of_top_1_percent.y": "share of y's variance in 1 % of tokens",
+    "ce_score.x": "CE score of x",
+    "ce_score.y": "CE score of y",
+    "ce_lost.x": "nats lost by x",
+    "ce_lost.y": "nats lost by y",
+    "ce_lost.y_zero": "nats lost by y = 0",
+    "ce.clean": "cross-entropy of the language model, nats",
+    "above.0.005": "elements with |J| > 0.005",
+    "above.0.015": "elements with |J| > 0.015",
+    "above.0.02": "elements with |J| > 0.02",
+    "above.0.04": "elements with |J| > 0.04",
+    "l1": "L1 norm of J",
+    "l2": "L2 norm of J",
+    "l4": "L4 norm of J",
+    "linf": "largest |J|",
+    "global.0.01": "share of pairs with mean |J| > 0.01",
+    "linear": "functions: linear",
+    "jumprelu": "functions: JumpReLU",
+    "other": "functions: other",
+    "linear_relative": "linear, within 1 % of their range",
+    "jumprelu_relative": "JumpReLU, within 1 % of their range",
+    "on_line": "|J + delta| < 0.1",
+    "on_line_relative": "|J + delta| < 0.1 |J|",
+    "not_zero": "share of tokens whose J is not 0",
+    "mse.x": "mean squared error of x",
+    "mse.y": "mean squared error of y",
+    "cosine.x": "cosine of x and x_hat",
+    "cosine.y": "cosine of y and y_hat",
+    "active.x": "active latents of x at a token",
+    "active.y": "active latents of y at a token",
+    "silent.x": "latents of x never active on this text",
+    "silent.y": "latents of y never active on this text",
+}
+GLOSSARY = """
+explained variance: 1 - sum of (x_hat - x)^2 / sum of (x - mean x)^2, over all elements; 1: perfect
+whole path: y is computed from the latents of x alone, x_hat through the MLP and the SAE of y
+CE score: (ablated - sae) / (ablated - clean), cross-entropies; ablated: x or y (of the path y) is 0
+elements: of a token's k^2 elements of J; above a threshold: fewer if J is sparser or just smaller
+hold 90 %: fewer only if J is sparser, at any scale
+effective inputs at a token: 1 / sum_j p_ij^2 of output latent i, p_ij = c_ij^2 / sum_j c_ij^2 with the
+contributions c_ij = J_ij s_x,j; a mean over output latents and over tokens whose J is not 0
+effective inputs over the text: 1 / sum_j P_ij^2, P_ij = C_ij / sum_j C_ij, where C_ij is the sum of
+|c_ij| over tokens; a mean weighted by sum_j C_ij over output latents active on 20 tokens or more.
+It grows with the text: compare on the same tokens. Above 4096 latents, of a random sample
+share of the strongest input: max_j P_ij, the same mean; a random J: what the sizes of s_x alone give
+hub: max_j of the mean of p_ij over i; 1: one input latent feeds all output latents of a token
+Hoyer sparsity: (k - L1 / L2) / (k - 1); 0: all elements alike, 1: only one
+median token: which no token of huge norm decides; 1 % of tokens: those of the largest variance
+pairs: of input and output latents; mean |J| over tokens where the output latent is active (figure 36)
+functions: s_y,i over s_x,j of [0, max(5, s_x,j + 1)], of random active pairs; linear: within 0.01 of
+a line, JumpReLU: 0 and then a line (figure 8b); within 1 % of their range: not made so by being small
+delta: how s_y,i changes when 1 is subtracted from s_x,j (figure 8c, there of pairs of equal rank)
+"""
 
 
 def name_of(settings):
@@ -824,29 +843,33 @@ def name_of(settings):
     return f"JSAE, lambda {settings['jacobian_coef']:g}{penalty}"
 
 
-def grouped(results):
-    """-> {label: results that differ in the seed only}, by lambda; the label says what differs.
+def without_seed(settings):
+    """-> settings that are the same in runs that differ in the seed only."""
+    same = {name: value for name, value in settings.items() if name not in ("seed", "output_dir")}
+    same["device"] = ""
+    if settings["jacobian_coef"] == 0:
+        same["penalty"] = "l1"  # whichever it is
+    return same
 
-    InputError if one of them is there twice.
-    """
-    groups = {}
+
+def grouped(results):
+    """-> {label: results that differ in the seed only}, by lambda; the label says what differs."""
+    groups = []  # (what they have in common, results)
     for result in sorted(results, key=lambda result: result["settings"]["jacobian_coef"]):
-        settings = dict(result["settings"])
-        for name in ("seed", "output_dir", "device"):
-            settings.pop(name)
-        if settings["jacobian_coef"] == 0:
-            settings["penalty"] = "l1"  # whichever it is
-        group = groups.setdefault(json.dumps(settings), [])
-        seed = result["settings"]["seed"]
-        if seed in [other["settings"]["seed"] for other in group]:
-            raise InputError(f"{result['run']} is there twice: another run of seed {seed} is equal")
-        group.append(result)
-    settings = [json.loads(key) for key in groups]
+        common = without_seed(result["settings"]) | {"text": result["text"]}
+        for other, group in groups:
+            if other == common:
+                group.append(result)
+                break
+        else:
+            groups.append((common, [result]))
     labeled = {}
-    for own, group in zip(settings, groups.values()):
-        label = name_of(own)
-        for name, value in own.items():
-            differs = any(other.get(name) != value for other in settings)
+    for common, group in groups:
+        label = name_of(common)
+        for name, value in common.items():
+            differs = any(other.get(name) != value for other, _ in groups)
+            if name == "text":
+                value = "of {tokens:,} tokens, seed {seed}, {dataset}".format(**value)
             if differs and name not in ("jacobian_coef", "penalty"):
                 label += f", {name} {value}"
         if label in labeled:
@@ -860,35 +883,64 @@ def measured(group, name):
 
     One run: the number, standard error over documents. Several: mean, standard deviation.
     """
-    values = [result["numbers"].get(name) for result in group]
-    if None in values:
-        return math.nan, math.nan
+    values = [result["numbers"].get(name, math.nan) for result in group]
     if len(group) == 1:
-        error = group[0]["errors"].get(name)
-        return values[0], math.nan if error is None else error
+        return values[0], group[0]["errors"].get(name, math.nan)
     return np.mean(values), np.std(values, ddof=1)
 
 
-def cell_of(group, names):
-    texts = []
-    for name in names:
-        value, error = measured(group, name)
-        text = "-" if math.isnan(value) else f"{value:.4g}"
-        texts.append(text if math.isnan(error) else f"{text} ± {error:.2g}")
-    return " / ".join(texts)
+def difference(group, first, name):
+    """-> a number of a group less that of the first group, and its error; NaN: not defined.
+
+    Two runs on the same tokens: the error over their documents, paired. Groups that share several
+    seeds: mean and standard deviation of the differences by seed.
+    """
+    seeds = {result["settings"]["seed"]: result for result in first}
+    pairs = [(seeds.get(result["settings"]["seed"]), result) for result in group]
+    pairs = [pair for pair in pairs if pair[0] is not None]
+    if len(group) == len(first) == 1:
+        pairs = [(first[0], group[0])]
+    if not pairs:
+        return measured(group, name)[0] - measured(first, name)[0], math.nan
+    values = [[result["numbers"].get(name, math.nan) for result in pair] for pair in pairs]
+    values = [new - old for old, new in values]
+    if len(pairs) > 1:
+        return np.mean(values), np.std(values, ddof=1)
+    old, new = pairs[0]
+    is_paired = old["text"] == new["text"] and name in old["without"] and name in new["without"]
+    if not is_paired:
+        return values[0], math.nan
+    return values[0], error_of(np.subtract(new["without"][name], old["without"][name]))
+
+
+def with_error(number, error):
+    return number if math.isnan(error) else f"{number} +- {error:.2g}"
 
 
 def table_of(groups):
-    """-> rows of strings: the labels, then a row for each of ROWS."""
+    """-> rows of strings: the labels, then a row for each of ROWS.
+
+    The first column is numbers and their errors, the others are numbers and how they differ from it.
+    """
+    first, *_ = groups.values()
     table = [["", *groups]]
-    for title, names, _ in ROWS:
-        table.append([title, *(cell_of(group, names) for group in groups.values())])
+    for name, title in ROWS.items():
+        row = [title]
+        for group in groups.values():
+            value, error = measured(group, name)
+            if math.isnan(value):
+                row.append("-")
+            elif group is first:
+                row.append(with_error(f"{value:.4g}", error))
+            else:
+                change, error = difference(group, first, name)
+                row.append(with_error(f"{value:.4g}  {change:+.3g}", error))
+        table.append(row)
     return table
 
 
 def aligned(table):
     """-> lines of text with columns of the same width."""
-    table = [[text.replace("±", "+-") for text in row] for row in table]  # in any terminal
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = []
     for row in table:
@@ -897,146 +949,153 @@ def aligned(table):
     return lines
 
 
-def as_flags(settings, defaults):
-    """-> words of a command line for those that are not the defaults, both {name: value}."""
-    words = []
-    for name, value in settings.items():
-        if value == defaults.get(name):
-            continue
-        if isinstance(value, bool):
-            words.append(jsae.flag(name if value else f"no_{name}"))
-        else:
-            words += [jsae.flag(name), str(value)]
-    return words
+def legend_of_errors(groups):
+    """What +- is, in a sentence."""
+    first, *_ = groups.values()
+    legend = "{tokens:,} tokens of {documents} documents".format(**first[0]["text"])
+    legend += "; +-: standard error over documents"
+    if len(groups) > 1:
+        legend += "; then the difference from the first column, its error over the same documents"
+    if any(len(group) > 1 for group in groups.values()):
+        legend += "; of several runs: standard deviation over seeds"
+    return legend
 
 
-def commands_of_comparison(run, settings, options):
-    """The commands that train a run again at lambda 0, and that show both."""
-    own = {field.name: settings[field.name] for field in dataclasses.fields(Config)}
-    own["model"] = found_again(own["model"])
-    usual = vars(Config()) | {"model": "", "output_dir": ""}
-    if own["model"] == jsae.DEMO["model"]:
-        usual |= jsae.DEMO
-    own["output_dir"], given = "", own["output_dir"]
-    at_0 = own | {"jacobian_coef": 0.0}
-    folder = Config(**at_0).output_dir
-    if given != Config(**own).output_dir:  # not the default
-        folder = at_0["output_dir"] = f"{given}-lambda0"
-    train = ["python", "jsae.py", *as_flags(at_0, usual)]
-    measured_alike = vars(options) | {"reuse": True, "all": False, "output_dir": ""}
-    show = ["python", "evaluate.py", run, folder, *as_flags(measured_alike, vars(Options()))]
-    return f"{shlex.join(train)} && {shlex.join(show)}"
-
-
-def new_figure(height, title):
+def new_figure(width, height, title):
     from matplotlib.figure import Figure  # only here, as matplotlib may be missing
 
-    figure = Figure(figsize=(10, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def wrapped(label):
-    return textwrap.fill(label, 32)
-
-
 def draw_first_look(groups):
-    """|J| of the same tokens, each divided by its sum: on one scale, that of J plays no part."""
-    figure = new_figure(
-        0.7 + 2.1 * max(2, len(groups)), "how many elements hold a token's Jacobian"
-    )
-    left, right = figure.subfigures(1, 2, width_ratios=(5, 4))
-    left.suptitle(
-        "|J| / sum |J| at the last token of three texts, rows (outputs) and columns sorted",
-        fontsize=9,
-    )
-    grids = {}
+    """How large, how concentrated, and from how few inputs: three curves for each group."""
+    figure = new_figure(12, 4, "the Jacobian of a token, and what feeds an output latent")
+    above, held, share = figure.subplots(1, 3)
+    k_squared = max(group[0]["settings"]["k"] ** 2 for group in groups.values())
+    sizes = [2**n for n in range(k_squared.bit_length())]
     for label, group in groups.items():
-        J = np.array([picture["J"] for picture in group[0]["pictures"]])  # (3, k, k)
-        grids[label] = J / np.maximum(J.sum((1, 2), keepdims=True), 1e-30)
-    darkest = np.quantile(np.concatenate([grid.ravel() for grid in grids.values()]), 0.99)
-    n_most = max(grid[0].size for grid in grids.values())
-    rows = left.subplots(len(groups), 3, squeeze=False)
-    for axes, (label, grid) in zip(rows, grids.items()):
-        for ax, shares, picture in zip(axes, grid, groups[label][0]["pictures"]):
-            image = ax.imshow(shares, vmin=0, vmax=darkest or 1, cmap="Blues")
-            held = -np.sort(-shares, axis=None)
-            n = int((held.cumsum() < 0.9).sum()) + 1
-            ax.set(xticks=[], yticks=[])
-            ax.set_title(f"at “{picture['text'].strip()[-12:]}”", fontsize=8)
-            ax.set_xlabel(f"{min(n, shares.size)} of {shares.size} hold 90 %", fontsize=8)
-        axes[0].set_ylabel(wrapped(label), fontsize=8)
-    left.colorbar(image, ax=rows, shrink=0.6, extend="max", format="%g", pad=0.02)
-
-    curve, bars = right.subplots(2, 1)
-    sizes = [2**n for n in range(n_most.bit_length())]
-    for label, group in groups.items():
-        held = [measured(group, f"held_by.{n}")[0] for n in sizes]
-        curve.plot(sizes, held, ".-", label=wrapped(label))
-    curve.axhline(0.9, color="gray", linewidth=0.5)
-    curve.set_xscale("log", base=2)
-    curve.set_xticks(sizes, map(str, sizes), fontsize=8)
-    curve.set(xlim=(1, sizes[-1]), ylim=(0, 1), xlabel="n", ylabel="share of sum |J|")
-    curve.set_title("held by a token's n largest elements, mean over tokens", fontsize=9)
-    curve.legend(fontsize=8)
-    draw_bars(bars, groups)
+        counts = [measured(group, f"above.{t}")[0] for t in THRESHOLDS]
+        line = above.plot(THRESHOLDS, counts, "o-", label=label)[0]
+        held.plot(sizes, [measured(group, f"held_by.{n}")[0] for n in sizes], ".-")
+        for ending, style in (("", "o-"), ("_random", ":")):
+            shares = [measured(group, f"input_share{ending}.{n}")[0] for n in range(1, 11)]
+            share.plot(range(1, 11), shares, style, color=line.get_color())
+    above.set(ylim=0, xlabel="threshold", ylabel=f"elements of J, of {k_squared}")
+    above.set_title("elements of |J| above a threshold (figure 2)", fontsize=9)
+    held.axhline(0.9, color="gray", linewidth=0.5)
+    held.set_xscale("log", base=2)
+    held.set_xticks(sizes[::2], map(str, sizes[::2]))
+    held.set(ylim=(0, 1), xlabel="n", ylabel="share of sum |J|")
+    held.set_title("held by a token's n largest elements, at any scale", fontsize=9)
+    share.set(ylim=0, xlabel="n", ylabel="share of contributions", xticks=range(1, 11))
+    share.set_title("an output latent's n-th strongest input, over the text", fontsize=9)
+    share.plot([], [], ":", color="gray", label="random J")
+    share.legend(fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=2, handles=above.lines)
     return figure
 
 
-def draw_bars(ax, groups):
-    """Numbers of each group, as shares of the largest, with the numbers themselves above."""
-    names = {
-        "hold_90": "elements that\nhold 90 %",
-        "effective_inputs": "effective\ninputs",
-        "hub": "hub",
-        "ce_lost.path": "nats lost",
-    }
-    values = np.array([[measured(group, name)[0] for name in names] for group in groups.values()])
-    largest = np.fmax.reduce(np.abs(values))  # NaN: not defined
-    width = 0.8 / len(groups)
-    for n, (label, row) in enumerate(zip(groups, values)):
-        places = np.arange(len(names)) + n * width
-        drawn = ax.bar(places, row / largest, width, label=wrapped(label))
-        ax.bar_label(drawn, [f"{value:.3g}" for value in row], fontsize=7)
-    ax.set_xticks(np.arange(len(names)) + 0.4 - width / 2, names.values(), fontsize=8)
-    ax.set(yticks=[], ylim=(0, 1.15))
-    ax.set_title("less is sparser, or costs less; bars are relative to the largest", fontsize=9)
+def words_around(example):
+    """Three words before the one that an example is of, [the word], and three after it."""
+    at = example["at"]
+    words = [word.replace("\n", "↵") for word in example["tokens"]]
+    before = "".join(words[max(0, at - 3) : at])
+    after = "".join(words[at + 1 : at + 4])
+    return f"{before}[{words[at]}]{after}"
+
+
+def draw_edges(groups):
+    """The strongest output latent of the first and of the last group, and its inputs as a fan."""
+    first, *_ = groups
+    *_, last = groups
+    title = (
+        "the output latent whose main input contributes most to it on a token, and its inputs; lines: "
+        "share of all contributions\nover the text; words: where the latent is active, at the middle "
+        "of the sum of its values"
+    )
+    figure = new_figure(12, 4.2, title)
+    names = list(dict.fromkeys([first, last]))
+    for ax, label in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        ax.set_title(label, fontsize=10)
+        ax.set(xlim=(0, 1), ylim=(-0.7, N_INPUTS + 0.7))
+        ax.axis("off")
+        for latent in groups[label][0]["latents"][:1]:
+            draw_fan(ax, latent)
+    return figure
+
+
+def draw_fan(ax, latent):
+    """An output latent and its inputs, of which each is a line as wide as its share."""
+    middle = N_INPUTS / 2
+    words = words_around(typical(latent["examples"]))
+    ax.text(0.77, middle, f"{words}\nlatent {latent['latent']}", va="center", fontsize=9)
+    inputs = [
+        (words_around(typical(edge["examples"])), edge["share"], "C0") for edge in latent["inputs"]
+    ]
+    rest = 1 - sum(share for _, share, _ in inputs)
+    inputs.append(("all other inputs", rest, "lightgray"))
+    for n, (words, share, color) in enumerate(inputs):
+        y = N_INPUTS - n
+        ax.text(0.49, y, f"{words}  {share:.0%}", va="center", ha="right", fontsize=9)
+        ax.plot([0.5, 0.75], [y, middle], color=color, linewidth=30 * share, solid_capstyle="butt")
+
+
+def typical(examples):
+    """The example in the middle of the sum of a latent's values."""
+    return examples[len(examples) // 2]
 
 
 def draw_trade_off(groups):
-    """Nats lost over four measures of J, a point for each group."""
-    figure = new_figure(
-        6, "what J gains against what the language model loses (figures 5, 27 to 29)"
-    )
+    """What is gained of four measures of J over the nats that it costs, from the first group on."""
+    several = any(len(group) > 1 for group in groups.values())
+    error = "deviation over seeds" if several else "error over documents"
+    label_of_first, *_ = groups
+    title = f"differences from {label_of_first} (figures 5, 27 to 29); bars: standard {error}"
+    figure = new_figure(11, 7, title)
     names = {
         "mean_abs": "mean |J|",
         "above.0.01": "elements with |J| > 0.01",
         "hold_90": "elements that hold 90 % of sum |J|",
-        "effective_inputs": "effective inputs of an output latent",
+        "text_inputs": "effective inputs of an output latent over the text",
     }
-    for ax, (name, words) in zip(figure.subplots(2, 2).flat, names.items()):
-        for label, group in groups.items():
-            x, x_error = measured(group, name)
-            y, y_error = measured(group, "ce_lost.path")
-            ax.errorbar(x, y, y_error, x_error, "o", label=wrapped(label))
-        ax.set(xlabel=words, ylabel="nats lost, whole path")
-    ax.legend(fontsize=8)
+    first, *_ = groups.values()
+    axes = figure.subplots(2, 2).flat
+    for ax, (name, words) in zip(axes, names.items()):
+        points = [(0, 0)]
+        for label, group in [*groups.items()][1:]:
+            x, x_error = difference(group, first, name)
+            y, y_error = difference(group, first, "ce_lost.path")
+            if several and len(group) == 1:
+                x_error = y_error = math.nan
+            ax.errorbar(x, y, y_error, x_error, "o", label=label)
+            points.append((x, y))
+        ax.plot(*zip(*points), color="gray", linewidth=0.7, zorder=0)
+        ax.plot(0, 0, "ks")
+        ax.set(xlabel=f"change of {words}", ylabel="change of nats lost, whole path")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=3)
     return figure
 
 
 def draw_functions(groups):
     """A row for each group: changes of s_y,i over J, and examples of functions of each kind."""
-    title = "how s_y,i changes when 1 is subtracted from s_x,j (figure 8c); functions (8a, 9, 12)"
-    figure = new_figure(0.5 + 2.4 * len(groups), title)
+    title = (
+        "how s_y,i changes when 1 is subtracted from s_x,j (figure 8c); functions (8a, 9, 12), dots: "
+        "where the token is; of the others those that are furthest from a line"
+    )
+    figure = new_figure(12, 0.5 + 2.6 * len(groups), title)
     rows = figure.subplots(len(groups), 4, squeeze=False)
     for axes, (label, group) in zip(rows, groups.items()):
         result = group[0]
         axes[0].scatter(*np.array(result["scatter"]).reshape(-1, 2).T, s=3)
         axes[0].axline((0, 0), slope=-1, color="gray", linewidth=0.5)
-        axes[0].set(xlabel="J", ylabel=f"{wrapped(label)}\nchange of s_y,i")
+        axes[0].set(xlabel="J", ylabel=f"{label}\nchange of s_y,i")
         for ax, kind in zip(axes[1:], KINDS):
-            for t, v in result["curves"][kind]:
-                ax.plot(t, v)
+            for curve in result["curves"][kind]:
+                line = ax.plot(curve["t"], curve["v"])[0]
+                ax.plot(*curve["at"], "o", color=line.get_color())
             share = measured(group, kind)[0]
             title = kind.replace("jumprelu", "JumpReLU")
             ax.set(xlabel="s_x,j", ylabel="s_y,i", title=f"{title}: {share:.1%}")
@@ -1050,11 +1109,13 @@ def draw(groups):
     except ImportError:
         notice("no figures; they need matplotlib: pip install matplotlib")
         return {}
-    drawn = {"first_look": draw_first_look, "functions": draw_functions}
+    drawn = {"first_look": draw_first_look, "edges": draw_edges, "functions": draw_functions}
     if len(groups) > 1:
         drawn["trade_off"] = draw_trade_off
     figures = {}
-    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in the text is a $
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's own may ask for LaTeX
+        matplotlib.rcParams["text.parse_math"] = False  # a $ in the text is a $
         for name, draw_one in drawn.items():
             file = io.BytesIO()
             draw_one(groups).savefig(file, format="png", dpi=150)
@@ -1064,7 +1125,7 @@ def draw(groups):
 
 STYLE = """
 :root { color-scheme: light dark }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: auto; padding: 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 1rem }
 td { padding: 0 .5rem; border: 1px solid #8886 }
 img { width: 100%; background: white }
 details { margin: .2rem 1rem }
@@ -1072,9 +1133,10 @@ pre { margin: 0; white-space: pre-wrap }
 span { background: rgba(255, 140, 0, var(--share)) }
 """
 READING = (
-    "Below it, the input latents that contribute most to it over the text (sum of |J s_x,j|). "
-    "Every line is a place where a latent is large: its largest value there, and the text, shaded "
-    "by the latent's value at each token."
+    "Below it, the input latents that contribute most to it over the text (sum of |J s_x,j|). Every "
+    "line is a place where a latent is active: its value there, and the text, shaded by the latent's "
+    "value at each token. The first line is where the latent is largest; the others stand at equal "
+    "steps of the sum of its values, so that they show what it stands for most."
 )
 
 
@@ -1082,8 +1144,8 @@ def details(head, examples, inside="", is_open=False):
     """A line to open: windows of text, every token shaded by its share of the largest value."""
     lines = []
     for example in examples:
-        largest = max(example["acts"])
-        line = f"{largest:.2f}  "
+        line = f"{example['acts'][example['at']]:.2f}  "
+        largest = max(examples[0]["acts"])
         for token, value in zip(example["tokens"], example["acts"]):
             text = html.escape(token.replace("\n", "↵"))
             line += f'<span style="--share:{value / largest:.2f}">{text}</span>'
@@ -1097,33 +1159,57 @@ def details_of(latent, is_open=False):
     inputs = ""
     for edge in latent["inputs"]:
         head = f"input latent {edge['latent']}: {edge['share']:.0%} of all contributions, "
-        head += f"mean J {edge['mean_J']:.3g} on {edge['tokens']:,} tokens"
-        head += f", of {edge['different_tokens']:,} different words or parts of words"
+        head += f"mean J {edge['mean_J']:.3g}; both are active on {edge['tokens']:,} tokens, "
+        head += f"{edge['different_tokens']:,} different words or parts of words"
         inputs += details(head, edge["examples"], is_open=is_open)
     head = f"output latent {latent['latent']}"
     return details(head, latent["examples"], inputs, is_open)
 
 
+def exhibit(label, latent):
+    """-> lines of HTML: an output latent, and what happens without its strongest input."""
+    lines = [f"<h2>An output latent of {html.escape(label)}, and what feeds it</h2>"]
+    lines.append(f"<p>{READING}")
+    zero = latent.get("set_to_zero")
+    if zero:
+        lines.append(
+            f"<p>Its first input latent set to 0 at {zero['tokens']} tokens, medians: s_y,i is "
+            f"{zero['s_y']:.3g} and changes by {zero['change']:.3g}; J says {zero['predicted']:.3g}. "
+            f"At {zero['gone']:.0%} of them the output latent leaves the TopK."
+        )
+    lines.append(details_of(latent, is_open=True))
+    return lines
+
+
 def report(groups, table, figures):
     """-> report.html: one static page, with nothing that is loaded from elsewhere."""
+
+    def picture(name):
+        data = base64.b64encode(figures[name]).decode()
+        return f'<p><img alt="{name}" src="data:image/png;base64,{data}">'
+
     page = [f"<!doctype html><meta charset=utf-8><title>JSAEs</title><style>{STYLE}</style>"]
     page.append("<h1>Evaluation of Jacobian SAEs</h1>")
+    for label, group in groups.items():
+        facts = "{model}, layer {layer}; k {k}, R {expansion_factor}; trained on {tokens:,} tokens of {dataset}"
+        facts = facts.format(**group[0]["settings"])
+        on = "{tokens:,} tokens, {documents} documents of {dataset}, seed {seed}"
+        line = f"{label}: {facts}; evaluated on {on.format(**group[0]['text'])}"
+        page.append(f"<p>{html.escape(line)}")
+    page.append("<table>")
+    for row in table:
+        page.append("<tr>")
+        page.extend(f"<td>{html.escape(text)}" for text in row)
+    page.append(f"</table><p>{legend_of_errors(groups)}")
+    page.append(
+        f"<details><summary>what the numbers are</summary><pre>{html.escape(GLOSSARY)}</pre>"
+    )
+    page.append("</details>")
+    page.extend(picture(name) for name in figures if name in ("first_look", "trade_off", "edges"))
     last = [*groups][-1]  # of the largest lambda
     for latent in groups[last][0]["latents"][:1]:
-        page.append(f"<h2>An output latent of {html.escape(last)}, and what feeds it</h2>")
-        page.append(f"<p>{READING}")
-        page.append(details_of(latent, is_open=True))
-    page.append("<h2>All numbers</h2><table>")
-    meanings = ["what it is", *(meaning for _, _, meaning in ROWS)]
-    for row, meaning in zip(table, meanings):
-        page.append("<tr>")
-        page.extend(f"<td>{html.escape(text)}" for text in (*row, meaning))
-    page.append(
-        "</table><p>±: standard error over documents; of several runs, standard deviation over seeds"
-    )
-    for name, png in figures.items():
-        data = base64.b64encode(png).decode()
-        page.append(f'<p><img alt="{name}" src="data:image/png;base64,{data}">')
+        page.extend(exhibit(last, latent))
+    page.extend(picture(name) for name in figures if name == "functions")
     for label, group in groups.items():
         page.append(f"<h2>{html.escape(label)}: output latents and what feeds them</h2>")
         page.extend(details_of(latent) for latent in group[0]["latents"])
@@ -1133,53 +1219,85 @@ def report(groups, table, figures):
 # ---- 8. Command line -----------------------------------------------------------------------------
 
 
+def settings_of(run):
+    """-> settings and penalty of a finished run. InputError if it is none."""
+    jsae.load_run(run)
+    saved = json.loads((jsae.run_folder(run) / "config.json").read_text())
+    return saved["config"] | {"penalty": saved["penalty"]}
+
+
+def check_runs(runs):
+    """InputError if one of the runs is there twice, be it as a copy."""
+    known = {}
+    for run in runs:
+        settings = settings_of(run)
+        key = json.dumps(without_seed(settings) | {"seed": settings["seed"]})
+        if key in known:
+            raise InputError(f"{known[key]} and {run} are the same run; name each once")
+        known[key] = run
+
+
 def place_of(run, options):
-    """-> the folder of a run's evaluation.json: its own or, where none can write, another."""
+    """-> the folder of a run's evaluation.json. InputError if nothing can be written there."""
     folder = Path(run).expanduser()
-    if folder.is_dir() and os.access(folder, os.W_OK):
-        return folder
-    return Path(options.output_dir or ".") / run.strip("/").replace("/", "--")
+    if options.output_dir:
+        folder = Path(options.output_dir).expanduser() / run.strip("/").replace("/", "--")
+    elif not folder.is_dir():
+        raise InputError(
+            f"{run} is no folder of this machine: name an --output-dir for the results"
+        )
+    trial = folder / ".trial"
+    jsae.write_file(trial, bytes(2**24))  # there must be room for this much
+    trial.unlink()
+    return folder
 
 
-def result_of(run, options):
-    """-> what evaluation.json of a run holds, evaluated anew unless --reuse says otherwise."""
-    path = place_of(run, options) / "evaluation.json"
+def result_of(run, options, folder):
+    """-> what evaluation.json of a run holds, evaluated anew unless --reuse finds what is asked."""
+    weights = (jsae.run_folder(run) / jsae.LAST_FILE).read_bytes()
+    asked = {"weights": hashlib.sha256(weights).hexdigest()}
+    for name in ("tokens", "functions", "latents", "model", "dataset", "split", "column", "seed"):
+        asked[name] = getattr(options, name)
+    path = folder / "evaluation.json"
     if options.reuse and path.exists():
-        result = json.loads(path.read_text())
-        if result["settings"].get("finished") == jsae.is_finished(jsae.run_folder(run)):
+        try:
+            result = json.loads(path.read_text())
+        except ValueError:  # no JSON
+            result = {}
+        if result.get("asked") == asked:
             return result
-    result = evaluate(run, options)
-    jsae.write_file(path, json.dumps(result, allow_nan=False).encode())
+    result = {"asked": asked, "settings": settings_of(run), **evaluate(run, options)}
+    try:
+        jsae.write_file(path, json.dumps(result, allow_nan=False).encode())
+    except InputError as error:  # the table can still be printed
+        notice(str(error))
     return result
 
 
 def evaluate_by_command(argv):
     """What `python evaluate.py` does: evaluate each run, print the table, write the report."""
-    parser = jsae.make_parser(Options, "python evaluate.py RUN [RUN ...] [--option value ...]")
+    parser = jsae.make_parser(Options, "evaluate.py RUN [RUN ...]", "")
     parser.add_argument("runs", nargs="+", help="folders or hub ids of runs")
     given = vars(parser.parse_args(argv))
-    runs = list(dict.fromkeys(given.pop("runs")))  # each once
+    runs = given.pop("runs")
     options = Options(**given)
-    folder = Path(options.output_dir or place_of(runs[0], options)).expanduser()
-    if options.output_dir:
-        folder.mkdir(parents=True, exist_ok=True)  # before all the work
+    check_runs(runs)
+    places = [place_of(run, options) for run in runs]
 
-    results = [{**result_of(run, options), "run": run} for run in runs]
+    results = [{**result_of(run, options, at), "run": run} for run, at in zip(runs, places)]
     groups = grouped(results)
     table = table_of(groups)
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII only
-    for line in aligned(table if options.all else table[: 1 + SHOWN]):
+    for line in aligned(table if options.all else table[: 1 + N_SHOWN]):
         print(line)
-    print("+-: standard error over documents; of several runs, standard deviation over seeds")
+    print(legend_of_errors(groups))
+    folder = Path(options.output_dir or places[0]).expanduser()
     figures = draw(groups)
     for name, png in figures.items():
         jsae.write_file(folder / "figures" / f"{name}.png", png)
     jsae.write_file(folder / "report.html", report(groups, table, figures).encode())
     print(f"all numbers, figures, latents and their text: {folder / 'report.html'}")
-    if len(runs) == 1 and results[0]["settings"]["jacobian_coef"] > 0:
-        commands = commands_of_comparison(runs[0], results[0]["settings"], options)
-        print(f"beside it, two traditional SAEs:\n    {commands}")
+    if len(groups) == 1:
+        print("to compare: train with --jacobian-coef 0, then name both runs here")
 
 
 def main(argv=None) -> int:

@@ -344,7 +344,7 @@ def effective_inputs(name, J, acts):
     p = c.square() / c.square().sum(2, keepdim=True)  # a row without inputs is NaN
     return {
         f"effective_inputs{name}": (1 / p.square().sum(2)).nanmean(1),
-        f"hub{name}": p.nanmean(1).nan_to_num(-1).amax(1).where(J.flatten(1).any(1), math.nan),
+        f"hub{name}": p.nanmean(1).amax(1),
     }
 
 

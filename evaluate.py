@@ -243,7 +243,8 @@ class Sums:
             found[f"explained_variance.{side}"] = explained
         for site, zero in (("x", "x_zero"), ("y", "y_zero"), ("path", "y_zero")):
             worth = found[f"ce_lost.{zero}"]  # what the language model loses without the MLP
-            if worth.value > 2 * error_of(worth.without):
+            error = error_of(worth.without)
+            if worth.value > (0 if math.isnan(error) else 2 * error):
                 share = ratio(sums[f"ce_lost.{site}"], sums[f"ce_lost.{zero}"])
                 found[f"ce_score.{site}"] = Number(1 - share.value, -share.without)
             else:
@@ -624,6 +625,10 @@ def latents_of(connections, chosen, kept, tokenizer):
     return latents
 
 
+def with_inputs(latents):
+    return [latent for latent in latents if latent["inputs"]]
+
+
 def joined(parts):
     """Latents of several batches as one."""
     return Latents(torch.cat([s.acts for s in parts]), torch.cat([s.idx for s in parts]))
@@ -730,7 +735,7 @@ def evaluate(name, options):
     kept = torch.cat(all_ids), joined(all_x), joined(all_y)
     chosen = asked or connections.strongest()
     latents = latents_of(connections, chosen, kept, run.tokenizer)
-    for latent in latents[:1]:  # the exhibit
+    for latent in with_inputs(latents)[:1]:  # the exhibit
         strongest = latent["inputs"][0]["latent"]
         latent["set_to_zero"] = set_to_zero(run, kept, latent["latent"], strongest)
     content = hashlib.sha256(torch.stack([ids, documents]).numpy().tobytes())
@@ -985,6 +990,7 @@ def draw_first_look(groups):
     above.set(ylim=0, xlabel="threshold", ylabel=f"elements of J, of {k_squared}")
     above.set_title("elements of |J| above a threshold (figure 2)", fontsize=9)
     held.axhline(0.9, color="gray", linewidth=0.5)
+    held.set_xlim(1, sizes[-1])
     held.set_xscale("log", base=2)
     held.set_xticks(sizes[::2], map(str, sizes[::2]))
     held.set(ylim=(0, 1), xlabel="n", ylabel="share of sum |J|")
@@ -1021,7 +1027,7 @@ def draw_edges(groups):
         ax.set_title(label, fontsize=10)
         ax.set(xlim=(0, 1), ylim=(-0.7, N_INPUTS + 0.7))
         ax.axis("off")
-        for latent in groups[label][0]["latents"][:1]:
+        for latent in with_inputs(groups[label][0]["latents"])[:1]:
             draw_fan(ax, latent)
     return figure
 
@@ -1207,7 +1213,7 @@ def report(groups, table, figures):
     page.append("</details>")
     page.extend(picture(name) for name in figures if name in ("first_look", "trade_off", "edges"))
     last = [*groups][-1]  # of the largest lambda
-    for latent in groups[last][0]["latents"][:1]:
+    for latent in with_inputs(groups[last][0]["latents"])[:1]:
         page.extend(exhibit(last, latent))
     page.extend(picture(name) for name in figures if name == "functions")
     for label, group in groups.items():
@@ -1241,7 +1247,8 @@ def place_of(run, options):
     """-> the folder of a run's evaluation.json. InputError if nothing can be written there."""
     folder = Path(run).expanduser()
     if options.output_dir:
-        folder = Path(options.output_dir).expanduser() / run.strip("/").replace("/", "--")
+        name = str(folder.resolve()) if folder.is_dir() else run
+        folder = Path(options.output_dir).expanduser() / name.strip("/").replace("/", "--")
     elif not folder.is_dir():
         raise InputError(
             f"{run} is no folder of this machine: name an --output-dir for the results"
@@ -1264,7 +1271,7 @@ def result_of(run, options, folder):
             result = json.loads(path.read_text())
         except ValueError:  # no JSON
             result = {}
-        if result.get("asked") == asked:
+        if isinstance(result, dict) and result.get("asked") == asked:
             return result
     result = {"asked": asked, "settings": settings_of(run), **evaluate(run, options)}
     try:

@@ -174,7 +174,7 @@ def with_derivative(act, like):
         is_elementwise = torch.allclose(values[::7], act(z[::7].clone()), atol=1e-6)
     except Exception as error:  # whatever act raises that cannot take a vector
         raise ValueError(message) from error
-    if values.shape != z.shape or not is_elementwise:
+    if values.shape != z.shape or values.dtype != z.dtype or not is_elementwise:
         raise ValueError(message)
     for known, grad in ACT_GRADS.items():
         if torch.allclose(values, known(z), rtol=1e-6, atol=1e-5):
@@ -456,9 +456,9 @@ def jsae_loss(sae_x, sae_y, mlp, x, jacobian_coef, penalty=l1):
 # Names differ from model to model, so the MLP is found by what it computes. Every way in which the
 # two or three linear maps of one module can be W_in, W_gate and W_out is a candidate. It fits if,
 # with one phi or another, it gives y at the model's own x and at 50 times that, which reaches clamps
-# and tells phi's apart. Exactly one must fit, and nothing larger may be there that does not (an MLP
-# beside an adapter): a wrong MLP has a wrong Jacobian. While training, it is compared with the model
-# again on each filling of the buffer.
+# and tells activation functions apart. Exactly one must fit, and it must be the largest candidate: an
+# adapter beside an MLP is not the MLP, and a wrong MLP has a wrong Jacobian. While training, it is
+# compared with the model again on each filling of the buffer.
 
 LINEAR = (nn.Linear, transformers.Conv1D)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -482,7 +482,10 @@ def candidates(block):
         if len(linear) not in (2, 3):
             continue
         for maps in itertools.permutations(linear):
-            (W, b), *second, (W_out, b_out) = [weight_and_bias(m) for m in maps]
+            weights = [weight_and_bias(linear) for linear in maps]
+            W, b = weights[0]
+            second = weights[1:-1]  # W_in, if there are three
+            W_out, b_out = weights[-1]
             d_model, d_mlp = W_out.shape
             if second and W.shape == second[0][0].shape == (d_mlp, d_model):
                 yield maps, (*second[0], W_out, b_out, W, b)  # the first is the gate
@@ -499,8 +502,8 @@ def candidates(block):
 def watch(model, ids, maps, factor=1):
     """-> x of maps[0] and y of maps[-1] in the forward pass, (tokens, d_model) each.
 
-    What all maps but the last are given is multiplied by factor. None unless the two are called
-    once, on all tokens.
+    The inputs of all maps but the last are multiplied by factor. None unless the first and the last
+    are each called once, on all tokens.
     """
     xs = []
     ys = []
@@ -525,11 +528,11 @@ def watch(model, ids, maps, factor=1):
 
 
 def is_reproduced(mlp, x, y):
-    """Whether mlp(x) is y (tokens, d_model) but for rounding, measured by how y varies.
+    """Whether mlp(x) is y (tokens, d_model) but for rounding.
 
-    It must be so of all tokens together, and of the median token: one of huge norm hides the rest.
-    Tokens that are the median of y themselves, as in a text of one word, have nothing to be measured
-    by.
+    Errors are compared with how far y is from its median, over all tokens together, and for the
+    median token: one of huge norm hides the rest. Tokens whose y is the median itself, as in a text
+    of one word, are left out.
     """
     tolerance = TOLERANCE[y.dtype]
     y = y.to(mlp.W_in.dtype)
@@ -550,7 +553,8 @@ def find_mlp(model, layer) -> MLP:
     the model is not causal.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+    sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
+    blocks = lists[sizes.index(max(sizes))] if lists else ()
     name = type(model).__name__
     if not 0 <= layer < len(blocks):
         raise InputError(f"{name} has no layer {layer}; --layer takes 0 to {len(blocks) - 1}")
@@ -567,10 +571,12 @@ def find_mlp(model, layer) -> MLP:
     if not (one - other).norm() <= TOLERANCE[one.dtype] * one.norm():
         raise InputError("not causal: what the model predicts depends on what comes later")
 
-    acts = list(ACT_GRADS)
+    acts = []  # the block's own first
+    like = frozen_copy(embedding[0])
     for module in block.modules():
         with suppress(ValueError):
-            acts.insert(0, with_derivative(module, frozen_copy(embedding[0]))[0])
+            acts.append(with_derivative(module, like)[0])
+    acts += ACT_GRADS
     found = []
     sizes = []  # of all candidates
     for maps, arguments in candidates(block):
@@ -595,11 +601,11 @@ def find_mlp(model, layer) -> MLP:
 # ---- 6. Settings, text, activations --------------------------------------------------------------
 
 HERE = Path(globals().get("__file__", "jsae.py")).resolve().parent  # a notebook has no __file__
-UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # else RANK and the like are left over
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # without it, RANK is left from something else
 WORLD = int(os.environ.get("WORLD_SIZE") or 1) if UNDER_TORCHRUN else 1  # processes
 RANK = int(os.environ.get("RANK") or 0) if UNDER_TORCHRUN else 0  # number of this one
-LEAST = {"layer": 0, "seed": 0, "jacobian_coef": 0, "lr": 1e-9, "context_size": 2}  # others: 1
-MOST = 2**63 - 1  # of whole numbers
+LEAST = {"layer": 0, "seed": 0, "jacobian_coef": 0, "lr": 1e-9, "context_size": 2}  # else 1
+MOST = 2**63 - 1
 CHOICES = {
     "randomize_weights": ("none", "init", "shuffle", "paper"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -636,15 +642,17 @@ class Config:
 
     def __post_init__(self):
         check_settings(self)
+        if not self.dataset:
+            raise InputError("--dataset is ''; expected a name, a file or a folder")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.dtype == "auto":
             is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
             self.dtype = "bfloat16" if "cuda" in self.device and is_fast else "float32"
         for name in ("model", "dataset"):  # to be found again from another folder
-            path = Path(getattr(self, name)).expanduser()
-            if path.exists() and getattr(self, name) != "stdlib":
-                setattr(self, name, str(path.absolute()))
+            path = os.path.expanduser(getattr(self, name))
+            if os.path.exists(path) and path != "stdlib":
+                setattr(self, name, os.path.abspath(path))
         if not self.output_dir:
             name = f"{Path(self.model).name}-L{self.layer}-R{self.expansion_factor}-k{self.k}"
             name += f"-lambda{self.jacobian_coef:g}-{self.tokens / 1e6:g}M-seed{self.seed}"
@@ -653,7 +661,7 @@ class Config:
             if self.randomize_weights != "none":
                 name += f"-{self.randomize_weights}"
             self.output_dir = f"runs/{name}"
-        self.output_dir = str(Path(self.output_dir).expanduser())
+        self.output_dir = os.path.expanduser(self.output_dir)
 
 
 DEMO = {  # with settings of your own: Config(**DEMO | {"tokens": 1_000_000})
@@ -712,6 +720,8 @@ def load_model(config):
         if wrong:
             raise InputError(f"{len(wrong)} weights are missing or of another size, as {wrong[0]}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        if not tokenizer("a", add_special_tokens=False).input_ids:  # its files are missing
+            raise InputError("its tokenizer knows no words")
         model = randomized(model, config.randomize_weights, config.seed)
         return model.eval().requires_grad_(False).to(config.device), tokenizer
     except Exception as error:  # whatever transformers, the hub or the device raises
@@ -756,22 +766,23 @@ def stdlib_files():
 
 
 def kind_of_file(path):
-    """The suffix of a file's name, without that of a compression."""
-    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
+    """The suffix of a file's name in small letters, without that of a compression."""
+    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix.lower()
 
 
 def open_file(path):
-    """Open a local file to read bytes; of a compressed one, those that are in it."""
+    """Open a local file as bytes, decompressed."""
     compression = "infer" if path.suffix in COMPRESSED else None
     return fsspec.filesystem("file").open(path, "rb", compression=compression)
 
 
 def is_text(path):
     """Whether a local path is a file that can be read: no .json, no zero byte at its start."""
-    if not path.is_file() or kind_of_file(path) == ".json":
-        return False
-    with open_file(path) as file:
-        return path.suffix == ".parquet" or b"\0" not in file.read(2**16)
+    if kind_of_file(path) == ".parquet":
+        return True
+    with suppress(Exception), open_file(path) as file:  # a folder, a damaged archive
+        return kind_of_file(path) != ".json" and b"\0" not in file.read(2**16)
+    return False
 
 
 def local_files(root):
@@ -781,7 +792,7 @@ def local_files(root):
     UTF-16, .zip), a .json, a link to a folder, and what is in the folder of a run.
     """
     paths = sorted(root.rglob("*")) if root.is_dir() else [root]
-    settings = [path for path in paths if path.name == "config.json"]
+    settings = [path for path in paths if path.name == "config.json" and path.is_file()]
     runs = {path.parent for path in settings if b"mlp_sha256" in path.read_bytes()}
     files = []
     passed_over = []
@@ -790,13 +801,18 @@ def local_files(root):
         is_folder = path.is_dir() and not path.is_symlink()
         if is_hidden or is_folder:
             continue
-        is_read = runs.isdisjoint(path.parents) and is_text(path)
-        (files if is_read else passed_over).append(path)
+        if runs.isdisjoint(path.parents) and is_text(path):
+            files.append(path)
+        else:
+            passed_over.append(path)
     return files, passed_over
 
 
 def rows_of(path, column):
-    """Yield the rows, dicts, of a local file: .jsonl, .csv or .parquet; any other is one text."""
+    """Yield the rows, dicts, of a local file: .jsonl, .csv or .parquet; any other is one text.
+
+    A byte that is not UTF-8 is replaced.
+    """
     kind = kind_of_file(path)
     if kind == ".parquet":
         table = pyarrow.parquet.ParquetFile(path)
@@ -806,7 +822,7 @@ def rows_of(path, column):
         return
     with open_file(path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", "replace")
-        if kind == ".jsonl":
+        if kind in (".jsonl", ".ndjson"):
             yield from (json.loads(line) for line in text if line.strip())
         elif kind == ".csv":
             csv.field_size_limit(2**31 - 1)  # characters of a field; the default is 2^17
@@ -818,20 +834,26 @@ def rows_of(path, column):
 def load_rows(config):
     """Yield (row, where it stands) of a data set of the hub, or of a local file or folder."""
     path = Path(config.dataset)
-    if not path.exists():
-        name = config.dataset.split(":", 1)
-        sources = {path: datasets.load_dataset(*name, split=config.split, streaming=True)}
-    elif (path / "state.json").exists():  # by save_to_disk
-        sources = {path: datasets.load_from_disk(str(path))}
-    else:
-        sources = {file: rows_of(file, config.column) for file in local_files(path)[0]}
-    for source, rows in sources.items():
-        number = 0
-        try:
+    source = path
+    number = 0
+    try:
+        if not path.exists():
+            name = config.dataset.split(":", 1)
+            sources = {path: datasets.load_dataset(*name, split=config.split, streaming=True)}
+        elif (path / "state.json").exists():  # by save_to_disk
+            sources = {path: datasets.load_from_disk(str(path))}
+        else:
+            files, passed_over = local_files(path)
+            sources = {file: rows_of(file, config.column) for file in files}
+            if not files:
+                raise InputError(f"no text; passed over: {' '.join(map(str, passed_over[:9]))}")
+        for source, rows in sources.items():
+            number = 0
             for number, row in enumerate(rows, 1):
                 yield row, f"{source}, row {number}"
-        except Exception as error:  # whatever a library that reads text raises
-            raise InputError(f"{source}, after row {number}: {error}") from error
+    except Exception as error:  # whatever a library that reads text raises
+        reason = str(error) or repr(error)
+        raise InputError(f"--dataset {source}, after row {number}: {reason}") from error
 
 
 def pieces(config):
@@ -839,19 +861,26 @@ def pieces(config):
 
     A document is a row or, of stdlib and plain texts, a file. A piece is at most 2^14 characters or
     ids of it. Its content alone decides whether it is held out, so that no other text can move it
-    from one part to the other (of stdlib, the path of a file, which is one piece).
+    from one part to the other. Of stdlib a piece is a file, and its path decides.
     """
     if config.dataset == "stdlib":
         for number, (text, held_out) in enumerate(stdlib_files()):
             yield text, held_out, number
         return
+    kind = None
     for number, (row, place) in enumerate(load_rows(config)):
-        content = row.get(config.column, 0)  # 0: there is no such column
-        is_ids = isinstance(content, list) and all(isinstance(i, int) for i in content)
-        if not is_ids and not isinstance(content, str) and content is not None:
-            expected = f"no text or token ids in column {config.column}"
-            raise InputError(f"{place}: {expected} of {list(row)}; --column names another")
-        for start in range(0, len(content or ""), 2**14):
+        columns = list(row) if isinstance(row, dict) else []
+        content = row[config.column] if config.column in columns else 0
+        if content in ("", [], None):
+            continue
+        is_ids = isinstance(content, list) and all(
+            isinstance(i, int) and i < 2**31 for i in content
+        )
+        kind = kind or type(content)  # of all documents
+        if not is_ids and not isinstance(content, str) or type(content) is not kind:
+            expected = f"expected text, or lists of token ids throughout, in column {config.column}"
+            raise InputError(f"{place}: {expected}; --column names another of {columns}")
+        for start in range(0, len(content), 2**14):
             piece = content[start : start + 2**14]
             data = str(piece).encode("utf-8", "replace")  # half a pair of surrogates becomes "?"
             yield piece if is_ids else data.decode(), is_held_out(data), number
@@ -863,8 +892,8 @@ def token_contexts(config, tokenizer, part, rank=0, world=1):
     part: "training", "held out" or "all"; of `world` processes, number `rank` takes every world-th
     piece of it. A context has context_size tokens: the BOS (or end-of-text) token and a row of
     packed pieces, those of text with the end-of-text token behind each. Names of special tokens in a
-    text are plain text. Rows of ids are taken as they are, and may bring the first token.
-    InputError if the text cannot be read.
+    text are plain text. Rows of ids are taken as they are; one that begins with the first token
+    keeps it as the context's. InputError if the text cannot be read.
     """
     wanted = {"training": (False,), "held out": (True,), "all": (False, True)}[part]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -872,31 +901,28 @@ def token_contexts(config, tokenizer, part, rank=0, world=1):
     plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     ids = []  # that are not in a context yet
     documents = []
-    try:
-        chosen = ((piece, n) for piece, held_out, n in pieces(config) if held_out in wanted)
-        chosen = itertools.islice(chosen, rank, None, world)
-        while batch := list(itertools.islice(chosen, 64)):
-            contents, numbers = zip(*batch)
-            is_text = isinstance(contents[0], str)
-            if is_text:
-                contents = tokenizer(list(contents), **plain).input_ids
-            for piece, number in zip(contents, numbers):
-                piece = piece + end if is_text else piece
-                ids += piece
-                documents += [number] * len(piece)
-            done = 0
-            while True:
-                has_start = not is_text and ids[done : done + 1] == start
-                first = [] if has_start else start
-                row = slice(done, done + config.context_size - len(first))
-                if len(ids) < row.stop:
-                    break
-                yield first + ids[row], documents[done : done + len(first)] + documents[row]
-                done = row.stop
-            ids = ids[done:]
-            documents = documents[done:]
-    except Exception as error:  # whatever a library that reads text raises
-        raise InputError(f"--dataset {config.dataset}: {str(error) or repr(error)}") from error
+    chosen = ((piece, number) for piece, held_out, number in pieces(config) if held_out in wanted)
+    chosen = itertools.islice(chosen, rank, None, world)
+    while batch := list(itertools.islice(chosen, 64)):
+        contents, numbers = zip(*batch)
+        is_text = isinstance(contents[0], str)
+        if is_text:
+            contents = tokenizer(list(contents), **plain).input_ids
+        for piece, number in zip(contents, numbers):
+            piece = piece + end if is_text else piece
+            ids += piece
+            documents += [number] * len(piece)
+        done = 0
+        while True:
+            has_start = not is_text and ids[done : done + 1] == start
+            first = [] if has_start else start
+            row = slice(done, done + config.context_size - len(first))
+            if len(ids) < row.stop:
+                break
+            yield first + ids[row], documents[done : done + len(first)] + documents[row]
+            done = row.stop
+        ids = ids[done:]
+        documents = documents[done:]
 
 
 def training_contexts(config, tokenizer):
@@ -907,7 +933,8 @@ def training_contexts(config, tokenizer):
             yield ids
             n += 1
         if n == 0:
-            raise InputError(f"--dataset {config.dataset}: expected text for one context at least")
+            given = f"--dataset {config.dataset} does not fill one context"
+            raise InputError(f"{given} of {config.context_size} tokens for each process")
         if number == 1:
             notice(f"{config.dataset} begins again after {n:,} contexts")
 
@@ -962,7 +989,8 @@ def activation_batches(config, model, tokenizer, mlp, done=0):
     width = config.context_size - 1
     batch_size = config.batch_size // WORLD
     n_contexts = math.ceil(config.buffer_batches * batch_size / width)
-    n_fillings = math.ceil(config.tokens // config.batch_size / config.buffer_batches)
+    n_steps = config.tokens // config.batch_size
+    n_fillings = math.ceil(n_steps / config.buffer_batches)
     first, n_used = divmod(done, config.buffer_batches)  # filling to go on with, batches used of it
     contexts = training_contexts(config, tokenizer)
     for _ in itertools.islice(contexts, first * n_contexts):
@@ -1055,10 +1083,17 @@ def hash_of_weights(mlp):
 
 def check_folder(folder, description):
     """InputError if the folder holds another run than that of the description."""
-    if not (folder / "config.json").exists():
+    path = folder / "config.json"
+    is_empty = (
+        not (folder / "checkpoint.safetensors").exists() and not (folder / LAST_FILE).exists()
+    )
+    if not path.exists() and is_empty:
         return
-    saved = json.loads((folder / "config.json").read_text())
-    before = saved.get("config", {}) | saved
+    try:
+        saved = json.loads(path.read_text())
+        before = saved["config"] | saved
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is of no run ({error!r}); name another --output-dir") from error
     now = description["config"] | description
     names = [name for name in now if name not in MAY_DIFFER and before.get(name) != now[name]]
     if names:
@@ -1106,8 +1141,8 @@ def hook_names(model, mlp):
     return sources[0] if sources else None, names[mlp.maps[-1]]
 
 
-def check_batches(config):
-    """InputError unless there is one whole batch, and the processes of torchrun can share it."""
+def check_start(config, penalty):
+    """InputError if the settings do not fit the processes, or the penalty has no name."""
     given = f"--batch-size is {config.batch_size}"
     if config.tokens < config.batch_size:
         raise InputError(f"{given}; expected at most --tokens, which is {config.tokens}")
@@ -1115,6 +1150,8 @@ def check_batches(config):
         raise InputError(f"{given}; expected a multiple of {WORLD}, the number of processes")
     if WORLD > 1 and ":" in config.device:
         raise InputError(f"--device is {config.device}; expected cuda: each process has its GPU")
+    if "<" in getattr(penalty, "__name__", "<>"):  # a lambda, a partial
+        raise InputError("the penalty is known by its name: define it by def")
 
 
 @torch.enable_grad()  # a notebook may have switched it off
@@ -1127,9 +1164,9 @@ def train(config: Config, penalty=l1) -> Path:
     measures and writes. InputError if settings, text or folder are not what they should be, or
     numbers break.
     """
-    check_batches(config)
+    check_start(config, penalty)
     if WORLD > 1 and not distributed.is_initialized():
-        if torch.cuda.is_available():
+        if config.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group(timeout=timedelta(hours=2))  # each reads its own text
     model, tokenizer = load_model(config)
@@ -1139,12 +1176,9 @@ def train(config: Config, penalty=l1) -> Path:
         config = dataclasses.replace(config, context_size=min(config.context_size, longest))
     mlp = find_mlp(model, config.layer)
     folder = Path(config.output_dir)
-    name_of_penalty = getattr(penalty, "__name__", "<>")
-    if "<" in name_of_penalty:  # a lambda, a partial
-        raise InputError("the penalty is known by its name: define it by def")
     description = {
         "config": dataclasses.asdict(config),
-        "penalty": name_of_penalty,
+        "penalty": penalty.__name__,
         "processes": WORLD,
         "mlp_sha256": hash_of_weights(mlp),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)},
@@ -1158,15 +1192,17 @@ def train(config: Config, penalty=l1) -> Path:
         return folder
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock", timeout=0) if RANK == 0 else nullcontext()
+    lock = nullcontext()
+    if RANK == 0:
+        lock = filelock.FileLock(folder / ".lock", timeout=0)
     with lock:  # filelock's Timeout, if another process holds it, is an OSError
         pair, adam = new_pair(config, mlp.W_in.shape[1], model.device)
-        if Path(config.dataset).is_dir():
-            files, passed_over = local_files(Path(config.dataset))
+        files, passed_over = local_files(Path(config.dataset))
+        if len(files) > 1 or files and passed_over:
             names = " ".join(str(path) for path in passed_over[:9])
             notice(f"{len(files)} files are read, {len(passed_over)} passed over: {names}")
         if checkpoint.exists():
-            pair.load_state_dict(safetensors.torch.load_file(checkpoint))
+            load_checkpoint(checkpoint, pair)
             notice(f"going on after step {pair.step}; the text is read again up to there")
         elif next(token_contexts(config, tokenizer, "held out"), None) is None:
             notice("this text is too short to hold any out: evaluate on another --dataset")
@@ -1200,12 +1236,19 @@ def scales_of(config, mlp, x):
         return norms
     if not 1 / 3 < norms[0] / norms[1] < 3:
         sizes = f"norms of x and y, {norms[0]:.2g} and {norms[1]:.2g} sqrt(d_model), differ"
-        notice(f"{sizes}: the loss will see little but one; --normalize divides it out")
+        notice(f"{sizes}: the larger one dominates the loss; --normalize makes them equal")
     return torch.ones_like(norms)
 
 
-def save_checkpoint(folder, pair):
-    write_file(folder / "checkpoint.safetensors", safetensors.torch.save(pair.state_dict()))
+def save_checkpoint(path, pair):
+    write_file(path, safetensors.torch.save(pair.state_dict()))
+
+
+def load_checkpoint(path, pair):
+    try:
+        pair.load_state_dict(safetensors.torch.load_file(path))
+    except (safetensors.SafetensorError, RuntimeError) as error:  # cut off, other sizes
+        raise InputError(f"{path} is damaged; delete it to start anew: {error}") from error
 
 
 def optimize(config, penalty, mlp, pair, adam, batches, folder):
@@ -1223,7 +1266,7 @@ def optimize(config, penalty, mlp, pair, adam, batches, folder):
             x = next(batches)
         except InputError:  # of the text: what was done so far is kept
             if RANK == 0:
-                save_checkpoint(folder, pair)
+                save_checkpoint(folder / "checkpoint.safetensors", pair)
             raise
         lr, coef = schedule(config, step, n_steps)
         adam.param_groups[0]["lr"] = lr
@@ -1254,20 +1297,20 @@ def optimize(config, penalty, mlp, pair, adam, batches, folder):
             row |= measure(pair.sae_x, pair.sae_y, mlp, x[:512])
             if "penalty" in parts:
                 row["penalty"] = parts["penalty"].item()
-            dead = pair.last_fired <= max(0, tokens - 10_000_000)  # or never so far; Appendix E
+            dead = pair.last_fired <= max(0, tokens - 10_000_000)  # in 10M tokens, or never
             row["dead_x"], row["dead_y"] = dead.sum(1).tolist()
             rows.append(row)
             write_file(metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
             bar.set_postfix({"ev_x": row["ev_x"], "ev_y": row["ev_y"], "|J|": row["jacobian_l1"]})
         if RANK == 0 and step < n_steps and time.time() - saved > seconds:
             begun = time.time()
-            save_checkpoint(folder, pair)
+            save_checkpoint(folder / "checkpoint.safetensors", pair)
             saved = time.time()
             seconds = max(CHECKPOINT_SECONDS, 20 * (saved - begun))
 
 
 def save_sae(folder, sae, scale, config, hook_name):
-    """Write an SAE, trained on v / scale, as one of v with the same latents, for SAELens 6.
+    """Write an SAE that was trained on v / scale so that it takes and gives v, for SAELens 6.
 
     hook_name: the module whose output v is, or None.
     """
@@ -1286,6 +1329,7 @@ def save_sae(folder, sae, scale, config, hook_name):
         "metadata": {
             "sae_lens_version": "6.0.0",
             "model_name": config.model,
+            "model_class_name": "AutoModelForCausalLM",
             "context_size": config.context_size,
             "prepend_bos": True,
         },
@@ -1354,9 +1398,8 @@ def make_parser(settings, name, more):
 
 def run_program(name, body, argv) -> int:
     """Call body(argv) -> exit status: 0; after one line on stderr 2, or 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="replace")  # it may not know every letter
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # its encoding may lack a letter
     try:
         body(argv)
         return 0
@@ -1367,7 +1410,7 @@ def run_program(name, body, argv) -> int:
     except (ValueError, OSError) as error:
         line, status = f"error: {error}", 2
     except RuntimeError as error:
-        if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+        if "alloc" not in str(error).lower():  # as all failed allocations say
             raise
         line, status = f"error: too little memory: {str(error).splitlines()[0]}", 2
     print(f"{name}:", " ".join(line.split()), file=sys.stderr)
@@ -1386,8 +1429,8 @@ def train_by_command(argv):
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         for name in ("ev_x", "ev_y", "jacobian_l1", "jacobian_above_0.01"):
             print(f"{name:22} {last[name]:,.4g}")
-        program = min(str(HERE / "evaluate.py"), os.path.relpath(HERE / "evaluate.py"), key=len)
-        print(f"{'evaluate it with':22} {shlex.join(['python', program, str(folder)])}")
+        command = shlex.join(["python", str(HERE / "evaluate.py"), str(folder)])
+        print(f"{'evaluate it with':22} {command}")
 
 
 def main(argv=None) -> int:

@@ -2,6 +2,7 @@
 .ci/speed.py. `python -m pytest .ci/test_peers.py`; .ci/run does, in an environment with all three.
 """
 
+import importlib.util
 import itertools
 import json
 import re
@@ -19,10 +20,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate
 import jsae
-from test_jsae import config, finished, model_dir, module_from_file, normal, run_copy, text_file
+from test_jsae import normal, run_copy, settings, whole
 
 RECIPES = jsae.HERE / "assets" / "recipes"
-FIXTURES = (config, finished, model_dir, run_copy, text_file)  # pytest finds them by these names
+FIXTURES = (run_copy, settings, whole)  # pytest finds them by these names
+
+
+def module_from_file(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_sae_lens_opens_the_folders_and_what_it_saves_comes_back(run_copy):
@@ -38,11 +46,27 @@ def test_sae_lens_opens_the_folders_and_what_it_saves_comes_back(run_copy):
         torch.testing.assert_close(theirs.encode(x), dense, rtol=0, atol=1e-5)
         torch.testing.assert_close(theirs(x), sae(x), rtol=0, atol=1e-5)
         assert theirs.cfg.metadata.model_name == config.model
-        assert theirs.cfg.metadata.hook_name.startswith("gpt_neox.layers.0.mlp")
         shutil.rmtree(folder)
         theirs.save_model(folder)
     for sae, again in zip(saes, jsae.load_run(run_copy)[:2]):
         assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), again.parameters()))
+
+
+def test_sae_lens_finds_x_and_y_where_the_saved_hook_names_say(run_copy):
+    sae_lens = pytest.importorskip("sae_lens")
+    *saes, config = jsae.load_run(run_copy)
+    model, _ = jsae.load_model(config)
+    mlp = jsae.find_mlp(model, config.layer)
+    ids = torch.arange(5, 25).unsqueeze(0)
+    x = jsae.mlp_inputs(model, mlp, ids)
+    for name, sae, site in zip(("sae_x", "sae_y"), saes, (x, mlp(x))):
+        theirs = sae_lens.SAE.load_from_disk(str(run_copy / name), device="cpu")
+        metadata = theirs.cfg.metadata
+        load_model = importlib.import_module("sae_lens.load_model").load_model
+        hooked = load_model(metadata.model_class_name, metadata.model_name, "cpu")
+        _, cache = hooked.run_with_cache(ids)
+        torch.testing.assert_close(cache[metadata.hook_name], site)
+        torch.testing.assert_close(theirs(cache[metadata.hook_name]), sae(site), rtol=0, atol=1e-4)
 
 
 def test_sparsify_opens_what_the_readmes_lines_write(run_copy):
@@ -217,7 +241,7 @@ def test_delphi_explains_latents_by_the_text_that_evaluate_shows(interpreted):
         acts = marked.acts[side].view(*marked.ids.shape, -1)[:, 1:].flatten(0, 1)
         s = jsae.Latents(*acts.topk(sae.k))
         best = evaluate.examples_of(latent, marked.ids, s, marked.tokenizer)[0]
-        word = best["tokens"][int(np.argmax(best["acts"]))]
+        word = best["tokens"][best["at"]]
         largest = marked.acts[side][:, :, latent].amax(1).argmax().item()
         assert marked.acts[side][largest, :, latent].max().item() == pytest.approx(
             max(best["acts"]), abs=1e-3

@@ -129,8 +129,10 @@ def row(run, side, result):
 
 
 def main(argv=None, client=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", help="folders or hub ids")
     parser.add_argument("--llm", default="hugging-quants/Meta-Llama-3.1-70B-Instruct-AWQ-INT4")
     parser.add_argument("--url", help="an OpenAI-compatible .../chat/completions; key: $API_KEY")
     parser.add_argument("--gpus", type=int, default=1, help="for the LLM, when there is no --url")

@@ -1,13 +1,15 @@
-"""The output latents of a run with the strongest edges, and the input latents that feed them.
+"""The strongest output latents of a run, and the input latents that feed them, in a terminal.
 
-    python assets/recipes/latents.py runs/NAME            # or: runs/NAME 20 100000
+    python assets/recipes/latents.py runs/NAME
+    python assets/recipes/latents.py runs/NAME --latents 20 --tokens 100000
 
-prints 20 output latents over 100,000 held-out tokens, as the report of evaluate.py shows them, but
-more of them and without the measures, which take most of its time: for each latent three texts in
-which it is large, [marked] where it is above half of its largest value there, and its three input
-latents that contribute most (sum of |J s_x,j|), with their texts.
+It chooses them as the report of evaluate.py does: by what their strongest input contributes on a
+token, among latents active on 20 tokens of 5 documents at least. It leaves out the measures, which
+take most of evaluate.py's time. Of each latent it prints three texts, [marked] at the token that the
+text is of, with the latent's value there, and the three input latents that contribute most.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -23,25 +25,35 @@ N_TEXTS = N_INPUTS = 3
 def show(head, examples, indent):
     print(f"{indent}{head}")
     for example in examples[:N_TEXTS]:
-        largest = max(example["acts"])
-        text = ""
-        for token, value in zip(example["tokens"], example["acts"]):
-            text += f"[{token}]" if value > largest / 2 else token
-        print(f"{indent}  {largest:6.2f}  {text!r}")
+        at = example["at"]
+        words = list(example["tokens"])
+        words[at] = f"[{words[at]}]"
+        print(f"{indent}  {example['acts'][at]:6.2f}  {''.join(words)!r}")
 
 
 @torch.no_grad()
-def main(run, n=20, n_tokens=100_000):
-    options = Options()
-    run = evaluate.open_run(run, options)
-    ids, documents = evaluate.held_out_text(run, int(n_tokens), options.seed)
-    connections = Connections(len(run.sae_x.W_enc), [], options.seed, run.model.device)
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="a folder or hub id")
+    parser.add_argument("--latents", type=int, default=20, help="how many output latents")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of held-out text")
+    given = parser.parse_args(argv)
+    options = Options(tokens=given.tokens)
+    run = evaluate.open_run(given.run, options)
+    ids, documents = evaluate.held_out_text(run, given.tokens, options.seed)
+    n_documents = int(documents.max()) + 1
+    n_latents = len(run.sae_x.W_enc)
+    connections = Connections(n_latents, [], n_documents, options.seed, run.model.device)
     kept = []
     for tokens in evaluate.batches(run, ids, documents):
-        connections.add(tokens.J, tokens.s_x, tokens.s_y)
+        connections.add(tokens, torch.zeros_like(tokens.J))
         kept.append((tokens.ids, tokens.s_x, tokens.s_y))
+    all_ids, all_x, all_y = zip(*kept)
+    kept = torch.cat(all_ids), evaluate.joined(all_x), evaluate.joined(all_y)
 
-    chosen = connections.strongest(int(n))
+    chosen = connections.strongest(given.latents)
     for latent in evaluate.latents_of(connections, chosen, kept, run.tokenizer):
         show(f"output latent {latent['latent']}", latent["examples"], "")
         for edge in latent["inputs"][:N_INPUTS]:
@@ -53,4 +65,4 @@ def main(run, n=20, n_tokens=100_000):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

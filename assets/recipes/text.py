@@ -5,9 +5,9 @@
 
 It takes .rst and .pod files as they are, and .html without its tags. Of the handbook it takes the
 English edition, of the kernel's and Perl's documents all but the translations. The kernel's .html is
-made from its .rst and left out. It cuts every file between paragraphs into pieces of about 8,000 characters
-and shuffles the pieces of all files: in the order of the files, a million tokens would come from
-one book. It prints how much there is, and the SHA-256 of the result.
+made from its .rst and left out. It cuts every file between paragraphs into pieces of about 8,000
+characters and shuffles the pieces of all files: in the order of the files, a million tokens would
+come from one book. It prints how much there is, and the SHA-256 of the result.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import json
 import random
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 

@@ -620,13 +620,15 @@ def latents_of(connections, chosen, kept, tokenizer):
             edge["tokens"] = len(both)
             edge["different_tokens"] = len(both.unique())
             edge["examples"] = examples_of(edge["latent"], ids, s_x, tokenizer)
+        inputs = [edge for edge in inputs if edge["examples"]]
         examples = examples_of(latent, ids, s_y, tokenizer)
         latents.append({"latent": latent, "examples": examples, "inputs": inputs})
     return latents
 
 
 def with_inputs(latents):
-    return [latent for latent in latents if latent["inputs"]]
+    """-> those that are active together with their first input in the text of the examples."""
+    return [latent for latent in latents if latent["inputs"] and latent["inputs"][0]["tokens"]]
 
 
 def joined(parts):
@@ -905,7 +907,7 @@ def difference(group, first, name):
     pairs = [pair for pair in pairs if pair[0] is not None]
     if len(group) == len(first) == 1:
         pairs = [(first[0], group[0])]
-    if not pairs:
+    elif len(pairs) < 2:
         return measured(group, name)[0] - measured(first, name)[0], math.nan
     values = [[result["numbers"].get(name, math.nan) for result in pair] for pair in pairs]
     values = [new - old for old, new in values]
@@ -1040,7 +1042,7 @@ def draw_fan(ax, latent):
     inputs = [
         (words_around(typical(edge["examples"])), edge["share"], "C0") for edge in latent["inputs"]
     ]
-    rest = 1 - sum(share for _, share, _ in inputs)
+    rest = max(0, 1 - sum(share for _, share, _ in inputs))
     inputs.append(("all other inputs", rest, "lightgray"))
     for n, (words, share, color) in enumerate(inputs):
         y = N_INPUTS - n
@@ -1261,8 +1263,10 @@ def place_of(run, options):
 
 def result_of(run, options, folder):
     """-> what evaluation.json of a run holds, evaluated anew unless --reuse finds what is asked."""
-    weights = (jsae.run_folder(run) / jsae.LAST_FILE).read_bytes()
-    asked = {"weights": hashlib.sha256(weights).hexdigest()}
+    weights = hashlib.sha256()
+    for path in sorted(jsae.run_folder(run).glob("sae_*/*.safetensors")):
+        weights.update(path.read_bytes())
+    asked = {"weights": weights.hexdigest()}
     for name in ("tokens", "functions", "latents", "model", "dataset", "split", "column", "seed"):
         asked[name] = getattr(options, name)
     path = folder / "evaluation.json"

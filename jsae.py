@@ -1023,6 +1023,7 @@ def activation_batches(config, model, tokenizer, mlp, done=0):
 #   metrics.jsonl            a row for every 50 steps
 #   checkpoint.safetensors   from which the same command goes on; gone when the run is finished
 #   sae_x/, sae_y/           cfg.json and sae_weights.safetensors, as SAELens 6 reads them
+#   .lock                    held while it is trained
 #
 # The last file of sae_y is the last to be written: a run that has it is finished.
 

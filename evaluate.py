@@ -8,12 +8,13 @@ evaluation.json holds every number by its name. ROWS, in section 7, says what th
 the table that is printed, and the glossary of the report. The text is what the run held out of its
 own, or --dataset, without the first token of every context.
 
-Errors are of documents: a document is a row of the data set, or a file. A number is sum a / sum b
-over D documents; c_d = (a_d - r b_d) / (sum b - b_d) is what it loses when document d is left out.
-Its standard error is the jackknife's, sqrt(D - 1) times the standard deviation of c. Two runs that
-were evaluated on the same tokens share their luck, so the error of their difference is the same of
-c_1 - c_2: often ten times smaller. Runs that differ in the seed only are one column: their mean, and
-their standard deviation. The symbols are those of jsae.py.
+Errors treat documents as independent; a document is a row of the data set, or a file. A number is
+r = sum a / sum b over documents, and the influence of document d is r minus r without d, which is
+(a_d - r b_d) / (sum b - b_d). The standard error is the jackknife's, sqrt(D - 1) times the standard
+deviation of the D influences. For two runs on the same tokens, the error of their difference is that
+of the difference of influences: often ten times smaller. Numbers of all text at once (medians, inputs
+over the text, silent latents) have no error. Runs that differ in the seed only are one column: their
+mean and standard deviation. The symbols are those of jsae.py.
 """
 
 import base64
@@ -23,6 +24,7 @@ import html
 import io
 import json
 import math
+import os
 import sys
 from itertools import islice, pairwise
 from pathlib import Path
@@ -41,7 +43,7 @@ from jsae import Config, InputError, Latents, active_jacobian, notice
 
 TOKENS_AT_A_TIME = 2048  # of the language model; or one context, if that is longer
 TOKENS_OF_J = 256  # at a time
-MORE_TOKENS = 2**17  # are read than are evaluated: drawn from more documents, errors are smaller
+MORE_TOKENS = 2**17  # read beyond those evaluated, so that they come from more documents
 
 
 @dataclasses.dataclass
@@ -59,26 +61,29 @@ class Options:
     device: str = "auto"  # auto, cpu, cuda, ...
     reuse: bool = False  # take evaluation.json where it holds what is asked for
     all: bool = False  # print every row of the table
-    output_dir: str = ""  # of all that is written; default: the run's own folder
+    output_dir: str = (
+        ""  # of all that is written; default: the run's own folder, or the first run's
+    )
 
     def __post_init__(self):
         jsae.check_settings(self)
+        if not self.dataset and (self.split, self.column) != ("train", "text"):
+            raise InputError("--split and --column are those of --dataset: name it")
+        for name in ("model", "dataset"):  # so that --reuse knows them again from another folder
+            if os.path.exists(getattr(self, name)):
+                setattr(self, name, os.path.abspath(getattr(self, name)))
 
 
 class Run(NamedTuple):
-    """A trained pair with its language model.
-
-    config   the run's settings, but with the model, text and device of this evaluation
-    part     which part of the text: "held out" or "all"
-    """
+    """A trained pair with its language model."""
 
     sae_x: jsae.TopKSAE
     sae_y: jsae.TopKSAE
     mlp: jsae.MLP
     model: nn.Module
     tokenizer: object
-    config: Config
-    part: str
+    config: Config  # the run's, but with the model, text and device of this evaluation
+    part: str  # of the text: "held out" or "all"
 
 
 def open_run(name, options) -> Run:
@@ -125,25 +130,17 @@ def held_out_text(run, n_tokens, seed):
 
 
 class Tokens(NamedTuple):
-    """The B = contexts * (T - 1) tokens of some contexts, and what the pair makes of them.
+    """The B = contexts * (T - 1) tokens of some contexts, and what the pair makes of them."""
 
-    ids            (contexts, T)  with the first token of each context, which is not one of the B
-    documents      (B,)           number of the document that each token is of
-    x, y           (B, d_model)   input and output of the MLP
-    s_x, s_y       Latents (B, k)
-    x_hat, y_hat   (B, d_model)
-    J              (B, k, k)
-    """
-
-    ids: Tensor
-    documents: Tensor
-    x: Tensor
-    y: Tensor
-    s_x: Latents
-    s_y: Latents
-    x_hat: Tensor
-    y_hat: Tensor
-    J: Tensor
+    ids: Tensor  # (contexts, T), with the first token of each context, which is not one of the B
+    documents: Tensor  # (B,), number of the document that each token is of
+    x: Tensor  # (B, d_model), input of the MLP
+    y: Tensor  # (B, d_model), its output
+    s_x: Latents  # (B, k)
+    s_y: Latents  # (B, k)
+    x_hat: Tensor  # (B, d_model)
+    y_hat: Tensor  # (B, d_model)
+    J: Tensor  # (B, k, k)
 
 
 def inputs_of(run, ids):
@@ -168,11 +165,12 @@ def mean_activations(run, ids):
 
 def jacobian(run, x, s_x, s_y):
     """J (B, k, k) of x (B, d_model), some tokens at a time: (tokens, k, d_mlp) is large."""
-    parts = zip(x.split(TOKENS_OF_J), *(t.split(TOKENS_OF_J) for t in (*s_x, *s_y)))
-    saes = run.sae_x, run.sae_y, run.mlp
-    return torch.cat(
-        [active_jacobian(*saes, x, Latents(*s[:2]), Latents(*s[2:])) for x, *s in parts]
-    )
+    parts = []
+    chunks = zip(*[t.split(TOKENS_OF_J) for t in (x, *s_x, *s_y)])
+    for v, acts_x, idx_x, acts_y, idx_y in chunks:
+        latents = Latents(acts_x, idx_x), Latents(acts_y, idx_y)
+        parts.append(active_jacobian(run.sae_x, run.sae_y, run.mlp, v, *latents))
+    return torch.cat(parts)
 
 
 def batches(run, ids, documents):
@@ -196,17 +194,17 @@ def batches(run, ids, documents):
 
 
 class Number(NamedTuple):
-    """A number, and what it loses when each of D documents is left out, (D,)."""
+    """A number, and the influence on it of each of D documents, (D,)."""
 
     value: float
-    without: Tensor
+    influence: Tensor
 
 
-def error_of(without):
-    """The jackknife's standard error, of a number's or of the difference of two. NaN if D is 1."""
-    without = torch.as_tensor(without, dtype=torch.double)
-    D = len(without)
-    return (math.sqrt(D - 1) * without.std(correction=0)).item() if D > 1 else math.nan
+def error_of(influence):
+    """The jackknife's standard error, of a number or of the difference of two. NaN if D is 1."""
+    influence = torch.as_tensor(influence, dtype=torch.double)
+    D = len(influence)
+    return (math.sqrt(D - 1) * influence.std(correction=0)).item() if D > 1 else math.nan
 
 
 def ratio(a, b) -> Number:
@@ -228,9 +226,10 @@ class Sums:
         for name, value in values.items():
             value = value.double().cpu()
             counted = ~value.isnan()
-            zero = value.new_zeros(self.n_documents)
-            self.sums.setdefault(name, zero).index_add_(0, documents[counted], value[counted])
-            count = torch.bincount(documents[counted], minlength=self.n_documents)
+            document = documents[counted]
+            total = torch.bincount(document, value[counted], self.n_documents)
+            count = torch.bincount(document, minlength=self.n_documents)
+            self.sums[name] = self.sums.get(name, 0) + total
             self.counts[name] = self.counts.get(name, 0) + count
 
     def numbers(self) -> dict[str, Number]:
@@ -238,15 +237,16 @@ class Sums:
         sums = self.sums
         found = {name: ratio(total, self.counts[name]) for name, total in sums.items()}
         for side in ("x", "y"):
-            unexplained = ratio(sums[f"mse.{side}"], sums[f"variance.{side}"])
-            explained = Number(1 - unexplained.value, -unexplained.without)
+            variance = sums[f"variance.{side}"]
+            explained = ratio(variance - sums[f"mse.{side}"], variance)
             found[f"explained_variance.{side}"] = explained
         for site, zero in (("x", "x_zero"), ("y", "y_zero"), ("path", "y_zero")):
             worth = found[f"ce_lost.{zero}"]  # what the language model loses without the MLP
-            error = error_of(worth.without)
-            if worth.value > (0 if math.isnan(error) else 2 * error):
-                share = ratio(sums[f"ce_lost.{site}"], sums[f"ce_lost.{zero}"])
-                found[f"ce_score.{site}"] = Number(1 - share.value, -share.without)
+            error = error_of(worth.influence)
+            least = 0 if math.isnan(error) else 2 * error
+            if worth.value > least:
+                ablated = sums[f"ce_lost.{zero}"]
+                found[f"ce_score.{site}"] = ratio(ablated - sums[f"ce_lost.{site}"], ablated)
             else:
                 notice(f"no CE score of {site}: the language model hardly loses by {zero}")
         return found
@@ -337,15 +337,15 @@ def sparsity(J):
     return numbers
 
 
-def effective_inputs(name, J, acts):
+def effective_inputs(ending, J, acts):
     """Of J (B, k, k) and s_x,j (B, k): on how many inputs an output latent depends, on average, and
     how much all of them depend on the same one. NaN if J is 0.
     """
     c = J.double() * acts.double().unsqueeze(1)  # what input latent j adds to output latent i
     p = c.square() / c.square().sum(2, keepdim=True)  # a row without inputs is NaN
     return {
-        f"effective_inputs{name}": (1 / p.square().sum(2)).nanmean(1),
-        f"hub{name}": p.nanmean(1).amax(1),
+        f"effective_inputs{ending}": (1 / p.square().sum(2)).nanmean(1),
+        f"hub{ending}": p.nanmean(1).amax(1),
     }
 
 
@@ -376,7 +376,7 @@ KINDS = ("linear", "jumprelu", "other")
 
 
 def along_latent(run, x, i, j, change):
-    """s_y,i of a token x (d_model,) when s_x,j is changed by each of `change` (T,): (T,). Eq. 30.
+    """s_y,i of a token x (d_model,) when s_x,j is changed by each of `change` (n,): (n,). Eq. 30.
 
     The true x is moved along the decoder row of j, so that the SAE's error stays what it is.
     """
@@ -414,7 +414,7 @@ def kind_of(t, v, relative):
 
 
 class Function(NamedTuple):
-    """s_y,i = v at s_x,j = t, for a random active pair i, j of a random token; there v = s_y at s_x.
+    """s_y,i = v where s_x,j is set to t, of a random active pair i, j. The token is at (s_x, s_y).
 
     delta is how s_y,i changes when 1 is subtracted from s_x,j.
     """
@@ -432,7 +432,7 @@ def random_functions(run, tokens, n, generator):
     """-> the Functions of n random elements of J, without those that ReLU cut off."""
     functions = []
     for _ in range(n):
-        b, i, j = (int(torch.randint(size, (), generator=generator)) for size in tokens.J.shape)
+        b, i, j = (int(torch.randint(n, (), generator=generator)) for n in tokens.J.shape)
         s = tokens.s_x.acts[b, j].item()
         if s == 0 or tokens.s_y.acts[b, i] == 0:
             continue
@@ -498,7 +498,9 @@ class Connections:
         self.row_of[self.latents] = torch.arange(n_rows, device=device)
         self.n_tokens = torch.zeros(n_rows, device=device)  # on which the output latent is active
         self.in_document = torch.zeros(n_rows, n_documents, dtype=torch.bool, device=device)
-        self.n_both = torch.zeros(n_rows, n_latents, device=device)  # on which both are
+        self.n_both = torch.zeros(
+            n_rows, n_latents, device=device
+        )  # on which input and output latent are
         self.sum = torch.zeros_like(self.n_both)  # of J
         self.sum_abs = torch.zeros_like(self.n_both)  # of |J|
         self.C = torch.zeros_like(self.n_both)  # contributions: of |J s_x,j|
@@ -550,7 +552,7 @@ class Connections:
     def strongest(self, n=N_LATENTS):
         """-> n output latents, by what their strongest input contributes to them on a token.
 
-        They are active on 20 tokens and in 5 documents at least, where there are such.
+        They are active on 20 tokens and in 5 documents at least (in all, if there are fewer).
         """
         strength = self.C.amax(1) / self.n_tokens.clamp(min=1)
         is_common = self.n_tokens >= LEAST_TOKENS
@@ -607,8 +609,8 @@ def examples_of(latent, ids, s, tokenizer):
 def latents_of(connections, chosen, kept, tokenizer):
     """-> the chosen output latents, with their input latents and examples of both.
 
-    kept: ids (contexts, T) and the Latents s_x, s_y of the text in which examples are looked for;
-    the tokens on which both are active, and how many different ones they are, are of it, too.
+    kept: ids (contexts, T) and Latents s_x, s_y of the text that examples, and the counts of tokens
+    on which both are active, are taken from.
     """
     ids, s_x, s_y = kept
     latents = []
@@ -647,7 +649,7 @@ def set_to_zero(run, kept, i, j):
     """What happens to output latent i when input latent j is set to 0, beside what J says.
 
     -> medians, over the tokens of at most 100 contexts on which both are active, of s_y,i, of its
-    change and of -J s_x,j; the number of these tokens, and the share at which i leaves the TopK.
+    change and of -J s_x,j; the number of these tokens, and the share at which s_y,i becomes 0.
     """
     ids, s_x, s_y = kept
     both = (values_of(i, s_y, ids) > 0) & (values_of(j, s_x, ids) > 0)
@@ -662,17 +664,23 @@ def set_to_zero(run, kept, i, j):
             after = along_latent(run, tokens.x[b], i, j, -s).item()
             J = tokens.J[b, at_i[b]][0, at_j[b]]
             rows.append((before, after - before, -(J * s).item(), after == 0))
-    before, change, predicted = np.median(rows, 0)[:3].tolist()
-    gone = np.mean([row[3] for row in rows]).item()
-    found = {"s_y": before, "change": change, "predicted": predicted}
-    return found | {"tokens": len(rows), "gone": gone}
+    if not rows:  # an activation at the border, in another batch
+        return None
+    s_y_i, change, predicted, _ = np.median(rows, 0).tolist()
+    return {
+        "s_y": s_y_i,
+        "change": change,
+        "predicted": predicted,
+        "tokens": len(rows),
+        "gone": np.mean(rows, 0)[3].item(),
+    }
 
 
 # ---- 6. One run ----------------------------------------------------------------------------------
 
 
 def latents_asked_for(text, n_latents):
-    """The numbers in --latents. InputError if one is none of a latent."""
+    """The numbers in --latents. InputError unless all are numbers of latents."""
     words = text.split(",") if text else []
     if not all(word.strip().isdecimal() and int(word) < n_latents for word in words):
         raise InputError(f"--latents is {text!r}; expected some of 0 to {n_latents - 1}, as 17,5")
@@ -708,8 +716,8 @@ def evaluate(name, options):
         for quantity, batch in by_token.items():
             batch.append(values[quantity])
         connections.add(tokens, random_J)
-        for side, s in zip(is_silent, (tokens.s_x, tokens.s_y)):
-            side[s.idx[s.acts > 0]] = False
+        for side, s in enumerate((tokens.s_x, tokens.s_y)):
+            is_silent[side, s.idx[s.acts > 0]] = False
         n_done += len(tokens.x)
         n_functions = options.functions * n_done // n_tokens - n_drawn
         n_drawn += n_functions
@@ -741,21 +749,21 @@ def evaluate(name, options):
         strongest = latent["inputs"][0]["latent"]
         latent["set_to_zero"] = set_to_zero(run, kept, latent["latent"], strongest)
     content = hashlib.sha256(torch.stack([ids, documents]).numpy().tobytes())
-    without = {}
+    influence = {}
     for key, number in with_errors.items():
-        if math.isfinite(error_of(number.without)):
-            without[key] = [float(f"{loss:.6g}") for loss in number.without.tolist()]
+        if math.isfinite(error_of(number.influence)):
+            influence[key] = [float(f"{value:.6g}") for value in number.influence.tolist()]
     return {
         "text": {
-            "dataset": f"{run.config.dataset}, {run.config.column} ({run.part})",
+            "dataset": f"{run.config.dataset}, {run.config.split}, {run.config.column} ({run.part})",
             "tokens": n_tokens,
             "documents": n_documents,
             "seed": options.seed,
             "sha256": content.hexdigest(),
         },
         "numbers": {key: value for key, value in numbers.items() if math.isfinite(value)},
-        "errors": {key: error_of(own) for key, own in without.items()},
-        "without": without,
+        "errors": {key: error_of(values) for key, values in influence.items()},
+        "influence": influence,
         "scatter": [(f.J, f.delta) for f in functions[:1000]],
         "curves": curves_of(functions),
         "latents": latents,
@@ -850,10 +858,22 @@ def name_of(settings):
     return f"JSAE, lambda {settings['jacobian_coef']:g}{penalty}"
 
 
+def facts_of(result):
+    """A sentence about a run and its evaluation."""
+    facts = "{model}, layer {layer}; k {k}, R {expansion_factor}; trained on {tokens:,} tokens of {dataset}"
+    facts = facts.format(**result["settings"])
+    if result["settings"]["randomize_weights"] != "none":
+        facts = f"random control {result['settings']['randomize_weights']} of {facts}"
+    on = "{tokens:,} tokens, {documents} documents of {dataset}, seed {seed}".format(
+        **result["text"]
+    )
+    return f"{facts}; evaluated on {on}"
+
+
 def without_seed(settings):
     """-> settings that are the same in runs that differ in the seed only."""
-    same = {name: value for name, value in settings.items() if name not in ("seed", "output_dir")}
-    same["device"] = ""
+    left_out = ("seed", "output_dir", "device")
+    same = {name: value for name, value in settings.items() if name not in left_out}
     if settings["jacobian_coef"] == 0:
         same["penalty"] = "l1"  # whichever it is
     return same
@@ -861,24 +881,20 @@ def without_seed(settings):
 
 def grouped(results):
     """-> {label: results that differ in the seed only}, by lambda; the label says what differs."""
-    groups = []  # (what they have in common, results)
+    groups = {}  # what results have in common, as JSON -> results
     for result in sorted(results, key=lambda result: result["settings"]["jacobian_coef"]):
         common = without_seed(result["settings"]) | {"text": result["text"]}
-        for other, group in groups:
-            if other == common:
-                group.append(result)
-                break
-        else:
-            groups.append((common, [result]))
+        groups.setdefault(json.dumps(common, sort_keys=True), []).append(result)
+    commons = [json.loads(key) for key in groups]
     labeled = {}
-    for common, group in groups:
+    for common, group in zip(commons, groups.values()):
         label = name_of(common)
         for name, value in common.items():
-            differs = any(other.get(name) != value for other, _ in groups)
-            if name == "text":
-                value = "of {tokens:,} tokens, seed {seed}, {dataset}".format(**value)
-            if differs and name not in ("jacobian_coef", "penalty"):
+            differs = any(other.get(name) != value for other in commons)
+            if differs and name not in ("jacobian_coef", "penalty", "text"):
                 label += f", {name} {value}"
+        if any(other["text"] != common["text"] for other in commons):
+            label += ", on {tokens:,} tokens, seed {seed}, of {dataset}".format(**common["text"])
         if label in labeled:
             label += f", {group[0]['run']}"
         labeled[label] = group
@@ -902,22 +918,22 @@ def difference(group, first, name):
     Two runs on the same tokens: the error over their documents, paired. Groups that share several
     seeds: mean and standard deviation of the differences by seed.
     """
-    seeds = {result["settings"]["seed"]: result for result in first}
-    pairs = [(seeds.get(result["settings"]["seed"]), result) for result in group]
-    pairs = [pair for pair in pairs if pair[0] is not None]
     if len(group) == len(first) == 1:
-        pairs = [(first[0], group[0])]
-    elif len(pairs) < 2:
+        old, new = first[0], group[0]
+        change = measured(group, name)[0] - measured(first, name)[0]
+        is_paired = old["text"]["sha256"] == new["text"]["sha256"]
+        if not is_paired or name not in old["influence"] or name not in new["influence"]:
+            return change, math.nan
+        return change, error_of(np.subtract(new["influence"][name], old["influence"][name]))
+    seeds = {result["settings"]["seed"]: result for result in first}
+    changes = []
+    for result in group:
+        if result["settings"]["seed"] in seeds:
+            pair = [result], [seeds[result["settings"]["seed"]]]
+            changes.append(measured(pair[0], name)[0] - measured(pair[1], name)[0])
+    if len(changes) < 2:
         return measured(group, name)[0] - measured(first, name)[0], math.nan
-    values = [[result["numbers"].get(name, math.nan) for result in pair] for pair in pairs]
-    values = [new - old for old, new in values]
-    if len(pairs) > 1:
-        return np.mean(values), np.std(values, ddof=1)
-    old, new = pairs[0]
-    is_paired = old["text"] == new["text"] and name in old["without"] and name in new["without"]
-    if not is_paired:
-        return values[0], math.nan
-    return values[0], error_of(np.subtract(new["without"][name], old["without"][name]))
+    return np.mean(changes), np.std(changes, ddof=1)
 
 
 def with_error(number, error):
@@ -941,7 +957,8 @@ def table_of(groups):
                 row.append(with_error(f"{value:.4g}", error))
             else:
                 change, error = difference(group, first, name)
-                row.append(with_error(f"{value:.4g}  {change:+.3g}", error))
+                shown = f"{value:.4g}" if math.isnan(change) else f"{value:.4g}  {change:+.3g}"
+                row.append(with_error(shown, error))
         table.append(row)
     return table
 
@@ -962,7 +979,7 @@ def legend_of_errors(groups):
     legend = "{tokens:,} tokens of {documents} documents".format(**first[0]["text"])
     legend += "; +-: standard error over documents"
     if len(groups) > 1:
-        legend += "; then the difference from the first column, its error over the same documents"
+        legend += "; then the difference from the first column, its error over the same tokens"
     if any(len(group) > 1 for group in groups.values()):
         legend += "; of several runs: standard deviation over seeds"
     return legend
@@ -1019,9 +1036,9 @@ def draw_edges(groups):
     first, *_ = groups
     *_, last = groups
     title = (
-        "the output latent whose main input contributes most to it on a token, and its inputs; lines: "
-        "share of all contributions\nover the text; words: where the latent is active, at the middle "
-        "of the sum of its values"
+        "an output latent, by default the one whose main input contributes most to it on a token, and "
+        "its inputs; lines: share of all\ncontributions over the text; words: where the latent is "
+        "active, at the middle of the sum of its values"
     )
     figure = new_figure(12, 4.2, title)
     names = list(dict.fromkeys([first, last]))
@@ -1105,8 +1122,8 @@ def draw_functions(groups):
                 line = ax.plot(curve["t"], curve["v"])[0]
                 ax.plot(*curve["at"], "o", color=line.get_color())
             share = measured(group, kind)[0]
-            title = kind.replace("jumprelu", "JumpReLU")
-            ax.set(xlabel="s_x,j", ylabel="s_y,i", title=f"{title}: {share:.1%}")
+            kind_title = f"{kind.replace('jumprelu', 'JumpReLU')}: {share:.1%}"
+            ax.set(xlabel="s_x,j", ylabel="s_y,i", title=kind_title)
     return figure
 
 
@@ -1183,7 +1200,7 @@ def exhibit(label, latent):
         lines.append(
             f"<p>Its first input latent set to 0 at {zero['tokens']} tokens, medians: s_y,i is "
             f"{zero['s_y']:.3g} and changes by {zero['change']:.3g}; J says {zero['predicted']:.3g}. "
-            f"At {zero['gone']:.0%} of them the output latent leaves the TopK."
+            f"At {zero['gone']:.0%} of them s_y,i becomes 0."
         )
     lines.append(details_of(latent, is_open=True))
     return lines
@@ -1199,11 +1216,7 @@ def report(groups, table, figures):
     page = [f"<!doctype html><meta charset=utf-8><title>JSAEs</title><style>{STYLE}</style>"]
     page.append("<h1>Evaluation of Jacobian SAEs</h1>")
     for label, group in groups.items():
-        facts = "{model}, layer {layer}; k {k}, R {expansion_factor}; trained on {tokens:,} tokens of {dataset}"
-        facts = facts.format(**group[0]["settings"])
-        on = "{tokens:,} tokens, {documents} documents of {dataset}, seed {seed}"
-        line = f"{label}: {facts}; evaluated on {on.format(**group[0]['text'])}"
-        page.append(f"<p>{html.escape(line)}")
+        page.append(f"<p>{html.escape(label)}: {html.escape(facts_of(group[0]))}")
     page.append("<table>")
     for row in table:
         page.append("<tr>")
@@ -1227,22 +1240,19 @@ def report(groups, table, figures):
 # ---- 8. Command line -----------------------------------------------------------------------------
 
 
-def settings_of(run):
-    """-> settings and penalty of a finished run. InputError if it is none."""
-    jsae.load_run(run)
-    saved = json.loads((jsae.run_folder(run) / "config.json").read_text())
-    return saved["config"] | {"penalty": saved["penalty"]}
-
-
-def check_runs(runs):
-    """InputError if one of the runs is there twice, be it as a copy."""
+def settings_of_all(runs):
+    """-> {run: its settings and penalty}. InputError if one is no finished run, or there twice."""
+    settings = {}
     known = {}
     for run in runs:
-        settings = settings_of(run)
-        key = json.dumps(without_seed(settings) | {"seed": settings["seed"]})
+        jsae.load_run(run)
+        saved = json.loads((jsae.run_folder(run) / "config.json").read_text())
+        settings[run] = saved["config"] | {"penalty": saved["penalty"]}
+        key = json.dumps(without_seed(settings[run]) | {"seed": saved["config"]["seed"]})
         if key in known:
-            raise InputError(f"{known[key]} and {run} are the same run; name each once")
+            raise InputError(f"{known[key]} and {run} have the same settings and seed; name one")
         known[key] = run
+    return settings
 
 
 def place_of(run, options):
@@ -1261,12 +1271,13 @@ def place_of(run, options):
     return folder
 
 
-def result_of(run, options, folder):
+def result_of(run, settings, options, folder):
     """-> what evaluation.json of a run holds, evaluated anew unless --reuse finds what is asked."""
     weights = hashlib.sha256()
     for path in sorted(jsae.run_folder(run).glob("sae_*/*.safetensors")):
         weights.update(path.read_bytes())
-    asked = {"weights": weights.hexdigest()}
+    program = hashlib.sha256(Path(__file__).read_bytes())
+    asked = {"weights": weights.hexdigest(), "program": program.hexdigest()}
     for name in ("tokens", "functions", "latents", "model", "dataset", "split", "column", "seed"):
         asked[name] = getattr(options, name)
     path = folder / "evaluation.json"
@@ -1277,7 +1288,7 @@ def result_of(run, options, folder):
             result = {}
         if isinstance(result, dict) and result.get("asked") == asked:
             return result
-    result = {"asked": asked, "settings": settings_of(run), **evaluate(run, options)}
+    result = {"asked": asked, "settings": settings, **evaluate(run, options)}
     try:
         jsae.write_file(path, json.dumps(result, allow_nan=False).encode())
     except InputError as error:  # the table can still be printed
@@ -1292,10 +1303,12 @@ def evaluate_by_command(argv):
     given = vars(parser.parse_args(argv))
     runs = given.pop("runs")
     options = Options(**given)
-    check_runs(runs)
+    settings = settings_of_all(runs)
     places = [place_of(run, options) for run in runs]
 
-    results = [{**result_of(run, options, at), "run": run} for run, at in zip(runs, places)]
+    results = []
+    for run, place in zip(runs, places):
+        results.append({**result_of(run, settings[run], options, place), "run": run})
     groups = grouped(results)
     table = table_of(groups)
     for line in aligned(table if options.all else table[: 1 + N_SHOWN]):
@@ -1307,7 +1320,7 @@ def evaluate_by_command(argv):
         jsae.write_file(folder / "figures" / f"{name}.png", png)
     jsae.write_file(folder / "report.html", report(groups, table, figures).encode())
     print(f"all numbers, figures, latents and their text: {folder / 'report.html'}")
-    if len(groups) == 1:
+    if len(groups) == 1 and settings[runs[0]]["jacobian_coef"] > 0:
         print("to compare: train with --jacobian-coef 0, then name both runs here")
 
 

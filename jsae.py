@@ -1027,6 +1027,7 @@ def activation_batches(config, model, tokenizer, mlp, done=0):
 #
 # The last file of sae_y is the last to be written: a run that has it is finished.
 
+CHECKPOINT = "checkpoint.safetensors"
 LAST_FILE = "sae_y/sae_weights.safetensors"
 CHECKPOINT_SECONDS = 30  # at least; and twenty times as long as it takes to write one
 MAY_DIFFER = ("device", "output_dir", "config", "versions")  # when a run goes on
@@ -1085,10 +1086,7 @@ def hash_of_weights(mlp):
 def check_folder(folder, description):
     """InputError if the folder holds another run than that of the description."""
     path = folder / "config.json"
-    is_empty = (
-        not (folder / "checkpoint.safetensors").exists() and not (folder / LAST_FILE).exists()
-    )
-    if not path.exists() and is_empty:
+    if not any((folder / name).exists() for name in (path.name, CHECKPOINT, LAST_FILE)):
         return
     try:
         saved = json.loads(path.read_text())
@@ -1118,9 +1116,8 @@ def new_pair(config, d_model, device):
     pair.register_buffer("last_fired", fired)
     adam = torch.optim.Adam(pair.parameters(), fused=True)
     for n, p in enumerate(pair.parameters()):
-        step = torch.zeros((), dtype=torch.float32, device=device)
-        adam.state[p] = {"step": step, "exp_avg": p.new_zeros(p.shape)}
-        adam.state[p]["exp_avg_sq"] = p.new_zeros(p.shape)
+        mean, square = torch.zeros_like(p), torch.zeros_like(p)
+        adam.state[p] = {"step": mean.new_zeros(()), "exp_avg": mean, "exp_avg_sq": square}
         for key, tensor in adam.state[p].items():
             pair.register_buffer(f"adam_{n}_{key}", tensor)
     return pair, adam
@@ -1185,7 +1182,7 @@ def train(config: Config, penalty=l1) -> Path:
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)},
     }
     check_folder(folder, description)
-    checkpoint = folder / "checkpoint.safetensors"
+    checkpoint = folder / CHECKPOINT
     if (folder / LAST_FILE).exists():
         if RANK == 0:
             checkpoint.unlink(missing_ok=True)  # killed before it was gone
@@ -1267,7 +1264,7 @@ def optimize(config, penalty, mlp, pair, adam, batches, folder):
             x = next(batches)
         except InputError:  # of the text: what was done so far is kept
             if RANK == 0:
-                save_checkpoint(folder / "checkpoint.safetensors", pair)
+                save_checkpoint(folder / CHECKPOINT, pair)
             raise
         lr, coef = schedule(config, step, n_steps)
         adam.param_groups[0]["lr"] = lr
@@ -1305,7 +1302,7 @@ def optimize(config, penalty, mlp, pair, adam, batches, folder):
             bar.set_postfix({"ev_x": row["ev_x"], "ev_y": row["ev_y"], "|J|": row["jacobian_l1"]})
         if RANK == 0 and step < n_steps and time.time() - saved > seconds:
             begun = time.time()
-            save_checkpoint(folder / "checkpoint.safetensors", pair)
+            save_checkpoint(folder / CHECKPOINT, pair)
             saved = time.time()
             seconds = max(CHECKPOINT_SECONDS, 20 * (saved - begun))
 

@@ -1613,7 +1613,9 @@ def test_a_named_text_is_used_whole_of_files_or_rows(names, n, whole, tmp_path, 
 def test_the_text_is_what_the_run_held_out_or_the_one_that_is_named(whole, settings, tmp_path):
     named = {"dataset": "allenai/c4:en", "split": "validation", "column": "body"}
     own = {"dataset": settings["dataset"], "split": "train", "column": "text"}
-    cases = ({}, own, "held out"), ({"split": "test"}, own, "held out"), (named, named, "all")
+    cases = ({}, own, "held out"), (named, named, "all")
+    with pytest.raises(InputError, match="--split and --column are those of --dataset"):
+        opened(whole, split="test")
     for options, expected, part in cases:
         run = opened(whole, **options)
         assert vars(run.config).items() >= expected.items() and run.part == part
@@ -1648,8 +1650,8 @@ def test_a_mean_and_its_error_worked_by_hand():
     sums.add(torch.tensor([2, 1, 1]), {"a": torch.tensor([5.0, math.nan, 4.0])})
     mean = evaluate.ratio(sums.sums["a"], sums.counts["a"])
     assert mean.value == pytest.approx(14 / 5)  # sums 2, 4, 8 of 2, 1, 2 tokens
-    assert mean.without.tolist() == pytest.approx([2.8 - 12 / 3, 2.8 - 10 / 4, 2.8 - 6 / 3])
-    assert evaluate.error_of(mean.without) == pytest.approx(13**0.5 / 3)
+    assert mean.influence.tolist() == pytest.approx([2.8 - 12 / 3, 2.8 - 10 / 4, 2.8 - 6 / 3])
+    assert evaluate.error_of(mean.influence) == pytest.approx(13**0.5 / 3)
     assert math.isnan(evaluate.error_of([1.0]))  # one document has no error
 
 
@@ -1661,8 +1663,8 @@ def test_errors_are_what_numbers_and_their_differences_vary_by_when_documents_ar
         level, change = torch.randn(2, 80, generator=g).double()  # which are alike
         one = evaluate.ratio(n * (2 + level), n)
         other = evaluate.ratio(n * (2.5 + level + 0.1 * change), n)
-        numbers.append((one.value, evaluate.error_of(one.without)))
-        paired = evaluate.error_of(other.without - one.without)
+        numbers.append((one.value, evaluate.error_of(one.influence)))
+        paired = evaluate.error_of(other.influence - one.influence)
         differences.append((other.value - one.value, paired))
     for truth, found in ((2, numbers), (0.5, differences)):
         values, errors = np.array(found).T
@@ -1706,7 +1708,7 @@ def random_run(monkeypatch):
     pair[1].b_enc.data -= 2  # so that ReLU cuts latents off on both sides
     for module in (model, *pair):
         module.requires_grad_(False)
-    text = types.SimpleNamespace(dataset="docs", column="text")
+    text = types.SimpleNamespace(dataset="docs", split="train", column="text")
     run = evaluate.Run(*pair, find_mlp(model, 0), model, TOKENIZER, text, "all")
     ids = torch.randint(50, (8, 9), generator=torch.Generator().manual_seed(0))
     documents = (torch.arange(72) // 13).view_as(ids)  # 6 of them, across contexts
@@ -1849,7 +1851,7 @@ def test_oracle_every_number_is_what_its_definition_says(
         value = (a.sum() / b.sum()).item()
         assert numbers[name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
         left = np.array([(a[of != d].sum() / b[of != d].sum()).item() for d in range(6)])
-        assert result["without"][name] == pytest.approx(value - left, rel=1e-3, abs=1e-6), name
+        assert result["influence"][name] == pytest.approx(value - left, rel=1e-3, abs=1e-6), name
         error = (5 / 6 * np.square(left - left.mean()).sum()) ** 0.5
         assert result["errors"][name] == pytest.approx(error, rel=1e-4, abs=1e-7), name
     for name, value in single.items():
@@ -1859,7 +1861,7 @@ def test_oracle_every_number_is_what_its_definition_says(
 
     J = t.J[t.J != 0]  # functions are of elements that are not cut off, in all documents
     assert max((J - own).abs().min() for own, _ in result["scatter"]) < 1e-9
-    assert all(result["without"]["on_line"])
+    assert all(result["influence"]["on_line"])
     check_latents(result["latents"], run, ids, documents, t, min(kept, 64))
 
 
@@ -2035,7 +2037,8 @@ def evaluated(whole, tmp_path_factory):
     """The text of evaluation.json of the whole run."""
     folder = tmp_path_factory.mktemp("evaluated")
     options = evaluate.Options(tokens=400, functions=60, device="cpu")
-    evaluate.result_of(str(whole), options, folder)
+    settings = evaluate.settings_of_all([str(whole)])
+    evaluate.result_of(str(whole), settings[str(whole)], options, folder)
     return (folder / "evaluation.json").read_text()
 
 
@@ -2046,7 +2049,7 @@ def variants(evaluated, coefs, factors):
         result = json.loads(evaluated) | {"run": str(coef)}
         result["settings"]["jacobian_coef"] = coef
         result["numbers"] = {key: factor * value for key, value in result["numbers"].items()}
-        result["without"] = {key: factor * np.array(c) for key, c in result["without"].items()}
+        result["influence"] = {key: factor * np.array(c) for key, c in result["influence"].items()}
         results.append(result)
     return evaluate.grouped(results)
 
@@ -2061,7 +2064,7 @@ def test_two_runs_get_a_table_figures_and_a_report(run_copy, whole, tmp_path, ca
     assert re.fullmatch(" +traditional SAEs +JSAE, lambda 1", lines[0])
     results = [json.loads((run / "evaluation.json").read_text()) for run in (old, run_copy)]
     one, other = [result["numbers"]["mean_abs"] for result in results]
-    c, c_other = [np.array(result["without"]["mean_abs"]) for result in results]
+    c, c_other = [np.array(result["influence"]["mean_abs"]) for result in results]
     error, paired = [math.sqrt(len(c) - 1) * np.std(own) for own in (c, c_other - c)]
     cells = f"{one:.4g} +- {error:.2g}", f"{other:.4g}  {other - one:+.3g} +- {paired:.2g}"
     assert re.split("  +", lines[5]) == ["mean |J|", *"  ".join(cells).split("  ")]
@@ -2078,13 +2081,13 @@ def test_two_runs_get_a_table_figures_and_a_report(run_copy, whole, tmp_path, ca
     assert page.count("<details") == page.count("</details>") > 6 and "<script" not in page
 
 
-def result(value, without=(-1, 1, 0), text=None, seed=0, **settings):
+def result(value, influence=(-1, 1, 0), text=None, seed=0, **settings):
     """What is known of a run with one number."""
     own = {"jacobian_coef": 1.0, "penalty": "l1", "seed": seed, "k": 4, "output_dir": str(value)}
     of_text = {"dataset": "docs", "tokens": 9, "documents": 3, "seed": 0, "sha256": "a"}
     found = {"run": f"run {value}", "settings": own | settings, "text": of_text | (text or {})}
-    found |= {"numbers": {"hoyer": value}, "errors": {"hoyer": evaluate.error_of(without)}}
-    return found | {"without": {"hoyer": without}}
+    found |= {"numbers": {"hoyer": value}, "errors": {"hoyer": evaluate.error_of(influence)}}
+    return found | {"influence": {"hoyer": influence}}
 
 
 def cells_of(*results):
@@ -2106,9 +2109,9 @@ def test_differences_are_paired_by_document_or_by_seed():
     "change, label",
     [
         ({"k": 5}, ", k 5"),
-        ({"text": {"tokens": 500}}, ", text of 500 tokens, seed 0, docs"),
-        ({"text": {"seed": 7}}, ", text of 9 tokens, seed 7, docs"),
-        ({"text": {"sha256": "b"}}, ", text of 9 tokens, seed 0, docs, run 2.0"),
+        ({"text": {"tokens": 500, "sha256": "b"}}, ", on 500 tokens, seed 0, of docs"),
+        ({"text": {"seed": 7, "sha256": "b"}}, ", on 9 tokens, seed 7, of docs"),
+        ({"text": {"sha256": "b"}}, ", on 9 tokens, seed 0, of docs, run 2.0"),
     ],
 )
 def test_runs_of_other_settings_or_tokens_are_not_merged_nor_paired(change, label):
@@ -2138,7 +2141,7 @@ def test_figures_draw_the_numbers_and_their_errors(evaluated):
     for container, run, point in zip(ax.containers, runs[1:], points[1:], strict=True):
         assert np.allclose(container[0].get_xydata(), [point])
         bars = [np.ptp(bar.get_segments()[0], axis=0).max() / 2 for bar in container[2]]
-        paired = [np.subtract(run["without"][name], runs[0]["without"][name]) for name in names]
+        paired = [np.subtract(run["influence"][name], runs[0]["influence"][name]) for name in names]
         assert bars == pytest.approx([math.sqrt(len(c) - 1) * np.std(c) for c in paired])
 
     for ax, run in zip(evaluate.draw_edges(groups).axes, (runs[0], runs[-1]), strict=True):
@@ -2227,9 +2230,9 @@ def test_everything_goes_to_output_dir(name, run_copy, no_figures, tmp_path, mon
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ("A A", "are the same run; name each once"),
-        ("A A/", "are the same run"),
-        ("A copy", "A and copy are the same run"),
+        ("A A", "have the same settings and seed; name one"),
+        ("A A/", "have the same settings"),
+        ("A copy", "A and copy have the same settings"),
         ("someone/run", "is no folder of this machine: name an --output-dir"),
         ("A --output-dir A/config.json/out", "config.json"),
         ("unfinished", "unfinished is no finished run"),

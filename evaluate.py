@@ -156,7 +156,6 @@ def inputs_of(run, ids):
 
 def mean_activations(run, ids):
     """-> the means of x and of y over all tokens, (d_model,) each."""
-    jsae.check_text(run.model, run.mlp, ids.to(run.model.device))
     sums = 0
     for _, x in inputs_of(run, ids):
         sums = sums + torch.stack([x.double().sum(0), run.mlp(x).double().sum(0)])
@@ -687,35 +686,41 @@ def latents_asked_for(text, n_latents):
     return [int(word) for word in words]
 
 
-@torch.no_grad()
-def evaluate(name, options):
-    """-> what evaluation.json holds. Numbers that are not defined are left out."""
-    run = open_run(name, options)
+class Measured(NamedTuple):
+    """What one pass over the text gives."""
+
+    sums: Sums
+    connections: Connections
+    by_token: dict  # of mse and variance of x and y: (tokens,) each
+    is_silent: Tensor  # (2, n_latents), of x and of y
+    functions: list
+    kept: tuple  # ids, s_x, s_y of the text that examples are taken from
+
+
+def measure(run, ids, documents, asked, options) -> Measured:
+    """One pass over the contexts ids, documents (contexts, T); asked: output latents to show."""
     n_latents = len(run.sae_x.W_enc)
-    asked = latents_asked_for(options.latents, n_latents)
-    ids, documents = held_out_text(run, options.tokens, options.seed)
     n_tokens = ids[:, 1:].numel()
     n_documents = int(documents.max()) + 1
     device = run.model.device
     mean_x, mean_y = mean_activations(run, ids)
     drawing = torch.Generator().manual_seed(options.seed)
     drawing_J = torch.Generator(device).manual_seed(options.seed)
-
     sums = Sums(n_documents)
     connections = Connections(n_latents, asked, n_documents, options.seed, device)
-    is_silent = torch.ones(2, n_latents, dtype=torch.bool, device=device)
     by_token = {name: [] for name in ("mse.x", "variance.x", "mse.y", "variance.y")}
+    is_silent = torch.ones(2, n_latents, dtype=torch.bool, device=device)
     functions = []
     n_drawn = n_done = 0  # functions, tokens
-    kept = []  # ids, s_x, s_y of batches, for examples
+    kept = []
     for tokens in batches(run, ids, documents):
         random_J = torch.randn(tokens.J.shape, generator=drawing_J, device=device)
         random_J *= tokens.J != 0
         values = measures(run, tokens, random_J, mean_x, mean_y)
         sums.add(tokens.documents, values)
-        for quantity, batch in by_token.items():
-            batch.append(values[quantity])
         connections.add(tokens, random_J)
+        for name, batch in by_token.items():
+            batch.append(values[name])
         for side, s in enumerate((tokens.s_x, tokens.s_y)):
             is_silent[side, s.idx[s.acts > 0]] = False
         n_done += len(tokens.x)
@@ -724,48 +729,58 @@ def evaluate(name, options):
         functions += random_functions(run, tokens, n_functions, drawing)
         if n_done <= EXAMPLE_TOKENS or not kept:
             kept.append((tokens.ids, tokens.s_x, tokens.s_y))
-
     if functions:
         sums.add(torch.tensor([f.document for f in functions]), linearity(functions))
-    with_errors = sums.numbers()
+    by_token = {name: torch.cat(batch) for name, batch in by_token.items()}
+    all_ids, all_x, all_y = zip(*kept)
+    kept = torch.cat(all_ids), joined(all_x), joined(all_y)
+    return Measured(sums, connections, by_token, is_silent, functions, kept)
+
+
+@torch.no_grad()
+def evaluate(name, options):
+    """-> what evaluation.json holds. Numbers that are not defined are left out."""
+    run = open_run(name, options)
+    asked = latents_asked_for(options.latents, len(run.sae_x.W_enc))
+    ids, documents = held_out_text(run, options.tokens, options.seed)
+    jsae.check_text(run.model, run.mlp, ids.to(run.model.device))
+    found = measure(run, ids, documents, asked, options)
+
+    with_errors = found.sums.numbers()
     numbers = {key: number.value for key, number in with_errors.items()}
     for side in ("x", "y"):
-        mse, variance = (
-            torch.cat(by_token[f"{quantity}.{side}"]) for quantity in ("mse", "variance")
-        )
-        numbers |= of_few_tokens(side, mse, variance)
-    numbers |= connections.numbers()
-    numbers["silent.x"], numbers["silent.y"] = is_silent.sum(1).tolist()
+        variance = found.by_token[f"variance.{side}"]
+        numbers |= of_few_tokens(side, found.by_token[f"mse.{side}"], variance)
+    numbers |= found.connections.numbers()
+    numbers["silent.x"], numbers["silent.y"] = found.is_silent.sum(1).tolist()
     n_words = run.model.get_input_embeddings().weight.shape[0]
     if numbers["ce.clean"] > 0.8 * math.log(n_words):
         loss = f"the language model's loss is {numbers['ce.clean']:.2f} nats a token"
         notice(f"{loss}, near to guessing: is this the text, and the tokenizer, that it knows?")
-
-    all_ids, all_x, all_y = zip(*kept)
-    kept = torch.cat(all_ids), joined(all_x), joined(all_y)
-    chosen = asked or connections.strongest()
-    latents = latents_of(connections, chosen, kept, run.tokenizer)
-    for latent in with_inputs(latents)[:1]:  # the exhibit
-        strongest = latent["inputs"][0]["latent"]
-        latent["set_to_zero"] = set_to_zero(run, kept, latent["latent"], strongest)
-    content = hashlib.sha256(torch.stack([ids, documents]).numpy().tobytes())
     influence = {}
     for key, number in with_errors.items():
         if math.isfinite(error_of(number.influence)):
             influence[key] = [float(f"{value:.6g}") for value in number.influence.tolist()]
+
+    chosen = asked or found.connections.strongest()
+    latents = latents_of(found.connections, chosen, found.kept, run.tokenizer)
+    for latent in with_inputs(latents)[:1]:  # the exhibit
+        strongest = latent["inputs"][0]["latent"]
+        latent["set_to_zero"] = set_to_zero(run, found.kept, latent["latent"], strongest)
+    content = torch.stack([ids, documents]).numpy().tobytes()
     return {
         "text": {
             "dataset": f"{run.config.dataset}, {run.config.split}, {run.config.column} ({run.part})",
-            "tokens": n_tokens,
-            "documents": n_documents,
+            "tokens": ids[:, 1:].numel(),
+            "documents": int(documents.max()) + 1,
             "seed": options.seed,
-            "sha256": content.hexdigest(),
+            "sha256": hashlib.sha256(content).hexdigest(),
         },
         "numbers": {key: value for key, value in numbers.items() if math.isfinite(value)},
         "errors": {key: error_of(values) for key, values in influence.items()},
         "influence": influence,
-        "scatter": [(f.J, f.delta) for f in functions[:1000]],
-        "curves": curves_of(functions),
+        "scatter": [(f.J, f.delta) for f in found.functions[:1000]],
+        "curves": curves_of(found.functions),
         "latents": latents,
     }
 

@@ -652,17 +652,20 @@ def set_to_zero(run, kept, i, j):
     """
     ids, s_x, s_y = kept
     both = (values_of(i, s_y, ids) > 0) & (values_of(j, s_x, ids) > 0)
-    chosen = ids[both.any(1)][:100]
+    chosen = both.any(1).nonzero()[:100, 0]  # contexts
+    x = torch.cat([x for _, x in inputs_of(run, ids[chosen])])[both[chosen].flatten()]
+    s_x = run.sae_x.encode(x)  # of these tokens
+    s_y = run.sae_y.encode(run.mlp(x))
+    J = jacobian(run, x, s_x, s_y)
+    at_i = (s_y.idx == i) & (s_y.acts > 0)  # (B, k)
+    at_j = (s_x.idx == j) & (s_x.acts > 0)
     rows = []
-    for tokens in batches(run, chosen, torch.zeros_like(chosen)):
-        at_i = (tokens.s_y.idx == i) & (tokens.s_y.acts > 0)  # (B, k)
-        at_j = (tokens.s_x.idx == j) & (tokens.s_x.acts > 0)
-        for b in (at_i.any(1) & at_j.any(1)).nonzero()[:, 0].tolist():
-            s = tokens.s_x.acts[b, at_j[b]]  # (1,)
-            before = tokens.s_y.acts[b, at_i[b]].item()
-            after = along_latent(run, tokens.x[b], i, j, -s).item()
-            J = tokens.J[b, at_i[b]][0, at_j[b]]
-            rows.append((before, after - before, -(J * s).item(), after == 0))
+    for b in (at_i.any(1) & at_j.any(1)).nonzero()[:, 0].tolist():
+        s = s_x.acts[b, at_j[b]]  # (1,)
+        before = s_y.acts[b, at_i[b]].item()
+        after = along_latent(run, x[b], i, j, -s).item()
+        predicted = -(J[b, at_i[b]][0, at_j[b]] * s).item()
+        rows.append((before, after - before, predicted, after == 0))
     if not rows:  # an activation at the border, in another batch
         return None
     s_y_i, change, predicted, _ = np.median(rows, 0).tolist()

@@ -1304,6 +1304,8 @@ STOPS = {  # what happens, exit status, what the line says, the step that is sav
 @pytest.mark.parametrize("name", STOPS)
 def test_stopped_runs_go_on_to_the_same_bits(name, config, whole, steps_save, monkeypatch, capsys):
     happens, status, says, step = STOPS[name]
+    if says == FULL and not Path("/dev/full").exists():
+        pytest.skip("only Linux has a disk that is always full")
     if name in ("NaN x", "broken text"):  # what was done is kept without a checkpoint before
         monkeypatch.setattr(jsae, "CHECKPOINT_SECONDS", math.inf)
     run = Path(config.output_dir)

@@ -1169,7 +1169,7 @@ def draw(groups):
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 1rem }
-td { padding: 0 .5rem; border: 1px solid #8886 }
+td { padding: 0 .5rem; border: 1px solid #8886; white-space: pre }
 img { width: 100%; background: white }
 details { margin: .2rem 1rem }
 pre { margin: 0; white-space: pre-wrap }

@@ -506,6 +506,7 @@ class Connections:
         self.C_random = torch.zeros_like(self.n_both)  # the same of a random J
 
     def add(self, tokens, random_J):
+        """Add a batch: its Tokens, and a random J (B, k, k) that is 0 where J is."""
         row = self.row_of[tokens.s_y.idx]  # (B, k)
         b, i = ((tokens.s_y.acts > 0) & (row >= 0)).nonzero(as_tuple=True)
         row = row[b, i]  # of the N active output latents that have one

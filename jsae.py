@@ -553,8 +553,8 @@ def find_mlp(model, layer) -> MLP:
     the model is not causal.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
-    blocks = lists[sizes.index(max(sizes))] if lists else ()
+    n_weights = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
+    blocks = lists[n_weights.index(max(n_weights))] if lists else ()  # of equal ones the outermost
     name = type(model).__name__
     if not 0 <= layer < len(blocks):
         raise InputError(f"{name} has no layer {layer}; --layer takes 0 to {len(blocks) - 1}")
@@ -567,7 +567,7 @@ def find_mlp(model, layer) -> MLP:
     ids = torch.stack([ids[:16], torch.cat([ids[:8], ids[16:]])])  # two rows that begin alike
     one, other = model(input_ids=ids, use_cache=False).logits[:, :8]
     if not one.isfinite().all():
-        raise InputError("NaN or Inf among what the model predicts: are its weights whole?")
+        raise InputError("NaN or Inf among what the model predicts; expected weights without any")
     if not (one - other).norm() <= TOLERANCE[one.dtype] * one.norm():
         raise InputError("not causal: what the model predicts depends on what comes later")
 

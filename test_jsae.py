@@ -2348,7 +2348,10 @@ def recipe(name):
     return module
 
 
-@pytest.mark.parametrize("name", ["text", "smollm2", "plot", "latents", "to_sparsify"])
+RECIPES = ["text", "smollm2", "plot", "lengths", "latents", "to_sparsify"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_how_it_is_run_and_refuses_what_it_does_not_know(name, monkeypatch, capsys):
     for arguments, status in ((["--help"], 0), ([], 2)):
         monkeypatch.setattr(sys, "argv", [name, *arguments])
@@ -2391,3 +2394,35 @@ def test_the_recipes_of_latents_and_plots_show_what_evaluate_found(run_copy, mon
     numbers, errors = result["numbers"], result["errors"]
     expected = numbers["hold_90"], numbers["ce_lost.path"], errors["ce_lost.path"]
     assert drawn[0][:3] == expected and picture.exists()
+
+
+def test_the_recipe_of_lengths_compares_with_lambda_0_of_the_same_length(
+    run_copy, tmp_path, monkeypatch, capsys
+):
+    assert evaluate.main([str(run_copy), "--tokens", "800", "--functions", "20"]) == 0
+    new = json.loads((run_copy / "evaluation.json").read_text())
+    old, longer, other = (json.loads(json.dumps(new)) for _ in range(3))
+    for result in (old, other):
+        result["settings"]["jacobian_coef"] = 0
+    old["numbers"]["hold_90"] += 10
+    old["influence"]["hold_90"] = [3 * value for value in new["influence"]["hold_90"]]
+    other["settings"]["layer"] += 1
+    longer["settings"]["tokens"] *= 2  # no run at lambda 0 is as long
+    paths = []
+    for n, result in enumerate((new, longer, other, old)):
+        paths.append(str(tmp_path / f"{n}.json"))
+        Path(paths[-1]).write_text(json.dumps(result))
+    arguments = ["lengths", *paths, "--numbers", "hold_90", "--output", str(tmp_path / "l.png")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    capsys.readouterr()
+    recipe("lengths").main()
+    *_, line = lines = capsys.readouterr().out.splitlines()
+    value, error = new["numbers"]["hold_90"], 2 * new["errors"]["hold_90"]
+    assert len(lines) == 3
+    assert line.endswith(f" {value + 10:.4g} -> {value:.4g}: -10 ± {error:.2g} |")
+    assert (tmp_path / "l.png").exists()
+
+    monkeypatch.setattr(sys, "argv", ["lengths", *paths[:3]])
+    with pytest.raises(SystemExit) as end:
+        recipe("lengths").main()
+    assert end.value.code == 2

@@ -33,7 +33,7 @@ symbols and the names in this file; a latent is a row of W_enc and a row of W_de
 
 J[b, i, j] is the derivative of output latent s_y.idx[b, i] in input latent s_x.idx[b, j].
 
-    python jsae.py                                             a small bundled model, a minute or two
+    python jsae.py                                             a small bundled model, in minutes
     python jsae.py --model EleutherAI/pythia-70m --layer 3     the paper's setting
     python jsae.py --help                                      every setting
 

@@ -1051,13 +1051,13 @@ def words_around(example):
 
 
 def draw_edges(groups):
-    """The strongest output latent of the first and of the last group, and its inputs as a fan."""
+    """The first output latent of the first and of the last group, and its inputs as a fan."""
     first, *_ = groups
     *_, last = groups
     title = (
-        "an output latent, by default the one whose main input contributes most to it on a token, and "
-        "its inputs; lines: share of all\ncontributions over the text; words: where the latent is "
-        "active, at the middle of the sum of its values"
+        "the output latent whose strongest input contributes most to it on a token (or the one asked "
+        "for), and its inputs\nline width: the input's share of all contributions over the text; words: "
+        "a typical place where the latent is active, [ ] marks the token"
     )
     figure = new_figure(12, 4.2, title)
     names = list(dict.fromkeys([first, last]))

@@ -1,4 +1,4 @@
-"""Evaluation of Jacobian SAEs: the paper's measures, others that no scale of J changes, pictures.
+"""Evaluation of Jacobian SAEs: the paper's measures, others independent of J's scale, pictures.
 
     python evaluate.py runs/A                     one run: evaluation.json, figures/, report.html
     python evaluate.py runs/A runs/B --reuse      side by side, of what was measured before
@@ -61,9 +61,7 @@ class Options:
     device: str = "auto"  # auto, cpu, cuda, ...
     reuse: bool = False  # take evaluation.json where it holds what is asked for
     all: bool = False  # print every row of the table
-    output_dir: str = (
-        ""  # of all that is written; default: the run's own folder, or the first run's
-    )
+    output_dir: str = ""  # of what is written; default: the folder of the (first) run
 
     def __post_init__(self):
         jsae.check_settings(self)
@@ -321,7 +319,7 @@ def size(J):
 
 
 def sparsity(J):
-    """Of J (B, k, k): how few elements hold most of it, at any scale; NaN if all are 0."""
+    """Of J (B, k, k): how few elements hold most of it, independent of scale; NaN if all are 0."""
     A = J.abs().double().flatten(1)
     l1 = A.sum(1)
     root = A.shape[1] ** 0.5
@@ -852,7 +850,7 @@ explained variance: 1 - sum of (x_hat - x)^2 / sum of (x - mean x)^2, over all e
 whole path: y is computed from the latents of x alone, x_hat through the MLP and the SAE of y
 CE score: (ablated - sae) / (ablated - clean), cross-entropies; ablated: x or y (of the path y) is 0
 elements: of a token's k^2 elements of J; above a threshold: fewer if J is sparser or just smaller
-hold 90 %: fewer only if J is sparser, at any scale
+hold 90 %: fewer only if J is sparser, independent of scale
 effective inputs at a token: 1 / sum_j p_ij^2 of output latent i, p_ij = c_ij^2 / sum_j c_ij^2 with the
 contributions c_ij = J_ij s_x,j; a mean over output latents and over tokens whose J is not 0
 effective inputs over the text: 1 / sum_j P_ij^2, P_ij = C_ij / sum_j C_ij, where C_ij is the sum of
@@ -1032,7 +1030,7 @@ def draw_first_look(groups):
     held.set_xscale("log", base=2)
     held.set_xticks(sizes[::2], map(str, sizes[::2]))
     held.set(ylim=(0, 1), xlabel="n", ylabel="share of sum |J|")
-    held.set_title("held by a token's n largest elements, at any scale", fontsize=9)
+    held.set_title("held by a token's n largest elements, independent of scale", fontsize=9)
     share.set(ylim=0, xlabel="n", ylabel="share of contributions", xticks=range(1, 11))
     share.set_title("an output latent's n-th strongest input, over the text", fontsize=9)
     share.plot([], [], ":", color="gray", label="random J")

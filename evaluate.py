@@ -1030,9 +1030,9 @@ def draw_first_look(groups):
     held.set_xscale("log", base=2)
     held.set_xticks(sizes[::2], map(str, sizes[::2]))
     held.set(ylim=(0, 1), xlabel="n", ylabel="share of sum |J|")
-    held.set_title("held by a token's n largest elements, independent of scale", fontsize=9)
+    held.set_title("held by a token's n largest elements; line: 90 %", fontsize=9)
     share.set(ylim=0, xlabel="n", ylabel="share of contributions", xticks=range(1, 11))
-    share.set_title("an output latent's n-th strongest input, over the text", fontsize=9)
+    share.set_title("the n-th strongest input of an output latent", fontsize=9)
     share.plot([], [], ":", color="gray", label="random J")
     share.legend(fontsize=8)
     figure.legend(loc="outside lower center", fontsize=8, ncols=2, handles=above.lines)
@@ -1114,7 +1114,7 @@ def draw_trade_off(groups):
             ax.errorbar(x, y, y_error, x_error, "o", label=label)
             points.append((x, y))
         ax.plot(*zip(*points), color="gray", linewidth=0.7, zorder=0)
-        ax.plot(0, 0, "ks")
+        ax.plot(0, 0, "ks", label=label_of_first)
         ax.set(xlabel=f"change of {words}", ylabel="change of nats lost, whole path")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=3)
@@ -1124,8 +1124,9 @@ def draw_trade_off(groups):
 def draw_functions(groups):
     """A row for each group: changes of s_y,i over J, and examples of functions of each kind."""
     title = (
-        "how s_y,i changes when 1 is subtracted from s_x,j (figure 8c); functions (8a, 9, 12), dots: "
-        "where the token is; of the others those that are furthest from a line"
+        "left: how s_y,i changes when 1 is subtracted from s_x,j; the line is -J, far below it the latent "
+        "left TopK (figure 8c)\nright: s_y,i over s_x,j, of the others those furthest from a line; dots: "
+        "where the token is (figures 8a, 9, 12)"
     )
     figure = new_figure(12, 0.5 + 2.6 * len(groups), title)
     rows = figure.subplots(len(groups), 4, squeeze=False)

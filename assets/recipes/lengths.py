@@ -1,4 +1,4 @@
-"""What the penalty changes, by how long was trained: a table, and a picture of the differences.
+"""What the penalty changes, by length of training: a table, and a picture of the differences.
 
     python assets/recipes/lengths.py runs/*/evaluation.json --output lengths.png
 
